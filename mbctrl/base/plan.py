@@ -1,0 +1,104 @@
+"""A plan as it travels from the planner to the control loop, and the follower that turns it into commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A time-indexed plan; times are the control loop's monotonic clock [s].
+
+    Args:
+        seq: sequence number, counting from 1.
+        stamp: when the state it was planned from was measured [s].
+        t0: time of the first command sample [s].
+        dt: spacing of the samples [s].
+        u: (H+1, nu) commands at ``t0 + k dt``: joint references [rad] or torques [N·m].
+        x: (H+1, nq + nv) planned states at the same times, or None.
+        info: figures of the planning step (cost, ess, nonfinite, cpu [s], …).
+        fan: (F, H+1, 3) tool paths of some samples, for display, or None.
+    """
+
+    seq: int
+    stamp: float
+    t0: float
+    dt: float
+    u: np.ndarray
+    x: np.ndarray | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    fan: np.ndarray | None = None
+
+    @property
+    def end(self) -> float:
+        """Time of the last sample [s]; after it the plan is exhausted."""
+        return self.t0 + (len(self.u) - 1) * self.dt
+
+    def command(self, t: float) -> np.ndarray:
+        """Return the command (nu,) at time ``t``, linear between samples and held at both ends."""
+        return _interpolate(self.u, (t - self.t0) / self.dt)
+
+    def state(self, t: float) -> np.ndarray | None:
+        """Return the planned state (nx,) at time ``t``, or None."""
+        return None if self.x is None else _interpolate(self.x, (t - self.t0) / self.dt)
+
+
+def _interpolate(rows: np.ndarray, index: float) -> np.ndarray:
+    index = min(max(index, 0.0), len(rows) - 1.0)
+    low = min(int(index), len(rows) - 2) if len(rows) > 1 else 0
+    part = index - low
+    return rows[low] if part == 0.0 else rows[low] * (1 - part) + rows[low + 1] * part
+
+
+@dataclass(frozen=True)
+class Following:
+    """What a follower is doing, as a value: the plan in force and the jump it is still smoothing out."""
+
+    seq: int
+    switched: float
+    offset: np.ndarray | None
+
+
+class PlanFollower:
+    """Turns successive plans into one continuous command signal.
+
+    A new plan takes over at once; the jump between the two command signals decays linearly over ``blend`` seconds,
+    because stepwise references make arms stutter and would trip the torque-rate limit.
+    """
+
+    def __init__(self, blend: float) -> None:
+        self.blend = blend
+        self.plan: Plan | None = None
+        self._switched = 0.0
+        self._offset: np.ndarray | None = None
+
+    @property
+    def following(self) -> Following | None:
+        """The follower's state, to be handed to a predictor."""
+        return None if self.plan is None else Following(self.plan.seq, self._switched, self._offset)
+
+    def resume(self, plan: Plan, following: Following) -> None:
+        """Take up the state another follower reported for ``plan``."""
+        self.plan, self._switched, self._offset = plan, following.switched, following.offset
+
+    def switch(self, plan: Plan, t: float) -> None:
+        """Put ``plan`` in force at time ``t`` [s]."""
+        self._offset = None if self.plan is None or self.blend <= 0 else self.command(t) - plan.command(t)
+        self.plan, self._switched = plan, t
+
+    def command(self, t: float) -> np.ndarray:
+        """Return the command (nu,) at time ``t`` [s].
+
+        Errors:
+            ValueError: before the first plan.
+        """
+        if self.plan is None:
+            raise ValueError("no plan in force")
+        u = self.plan.command(t)
+        if self._offset is None:
+            return u
+        left = 1 - (t - self._switched) / self.blend
+        return u + self._offset * left if left > 0 else u

@@ -1,0 +1,54 @@
+"""Rotations as plain numpy: roll-pitch-yaw, quaternions and angles between."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rotation_from_rpy(rpy: np.ndarray) -> np.ndarray:
+    """Return the (3, 3) rotation of roll, pitch, yaw [rad], (3,): R = Rz(yaw) Ry(pitch) Rx(roll), URDF's convention."""
+    (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
+    return np.array(
+        [
+            [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+            [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+            [-sp, cp * sr, cp * cr],
+        ]
+    )
+
+
+def rotation_from_quaternion(quaternion: np.ndarray) -> np.ndarray:
+    """Return the (3, 3) rotation of a unit quaternion (w, x, y, z), (4,)."""
+    w, x, y, z = quaternion
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def quaternion_from_rotation(rotation: np.ndarray) -> np.ndarray:
+    """Return the unit quaternion (w, x, y, z) of a (3, 3) rotation, w >= 0.
+
+    Source: the eigenvector form of Bar-Itzhack, "New method for extracting the quaternion from a rotation matrix" (2000).
+    """
+    r = np.asarray(rotation)
+    k = np.array(
+        [
+            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
+            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
+            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
+            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
+        ]
+    )
+    x, y, z, w = np.linalg.eigh(k / 3)[1][:, -1]
+    return np.array([w, x, y, z]) * (1 if w >= 0 else -1)
+
+
+def angle_between(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the angle [rad] of the rotation from ``a`` to ``b``, each (3, 3); accurate near 0 and near pi."""
+    delta = a.T @ b
+    sine = np.array([delta[2, 1] - delta[1, 2], delta[0, 2] - delta[2, 0], delta[1, 0] - delta[0, 1]])
+    return float(np.arctan2(np.linalg.norm(sine), np.trace(delta) - 1))

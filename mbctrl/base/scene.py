@@ -1,0 +1,121 @@
+"""What a scenario asks of the tool and what stands in its way: goals and obstacles, as functions of time."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mbctrl.base.poses import rotation_from_rpy
+from mbctrl.base.robot import Positive, Vector
+from mbctrl.base.spec import Number, Spec
+
+Point = tuple[Number, Number, Number]
+
+
+class Target(Spec):
+    """A tool pose in the world: ``position`` [m], ``rpy`` [rad] (null: any orientation)."""
+
+    position: Point
+    rpy: Point | None = None
+
+
+class PoseGoal(Spec):
+    """Tool poses to reach one after the other; one counts when held within both tolerances for ``hold`` seconds."""
+
+    kind: Literal["poses"] = "poses"
+    targets: tuple[Target, ...] = Field(min_length=1)
+    tolerance_position: Positive = 0.005  # [m]
+    tolerance_rotation: Positive = 0.0349  # [rad]
+    hold: Positive = 0.3  # [s]
+
+    def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return target ``index`` at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""
+        target = self.targets[min(index, len(self.targets) - 1)]
+        position = np.broadcast_to(np.asarray(target.position, float), (len(t), 3))
+        if target.rpy is None:
+            return position, None
+        return position, np.broadcast_to(rotation_from_rpy(np.asarray(target.rpy)), (len(t), 3, 3))
+
+
+class FigureEightGoal(Spec):
+    """A figure eight (lemniscate of Gerono) traced at constant speed with a fixed tool orientation.
+
+    The point is ``center + width/2 sin(s) e1 + height/2 sin(2 s) e2``, reparametrised by arc length.
+    """
+
+    kind: Literal["figure_eight"]
+    center: Point  # [m]
+    width: Positive  # [m], along e1
+    height: Positive  # [m], along e2
+    axes: tuple[Point, Point] = ((0, 1, 0), (0, 0, 1))  # e1, e2: orthonormal
+    speed: Positive  # [m/s]
+    rpy: Point | None = None  # [rad]
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        phase = np.linspace(0, 2 * np.pi, 4001)
+        x, y = self.width / 2 * np.sin(phase), self.height / 2 * np.sin(2 * phase)
+        return phase, np.concatenate([[0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+
+    @property
+    def lap(self) -> float:
+        """Time of one lap [s]."""
+        return float(self._table[1][-1] / self.speed)
+
+    def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the moving target at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""
+        phase, length = self._table
+        s = np.interp(np.maximum(t, 0) * self.speed % length[-1], length, phase)
+        e1, e2 = np.asarray(self.axes, float)
+        position = np.asarray(self.center) + np.outer(self.width / 2 * np.sin(s), e1) + np.outer(self.height / 2 * np.sin(2 * s), e2)
+        if self.rpy is None:
+            return position, None
+        return position, np.broadcast_to(rotation_from_rpy(np.asarray(self.rpy)), (len(t), 3, 3))
+
+
+class JointGoal(Spec):
+    """A joint configuration to reach and hold, modulo whole turns where ``wrap`` is set."""
+
+    kind: Literal["joints"]
+    position: Vector  # [rad]
+    wrap: bool = False
+    tolerance: Positive = 0.1  # [rad], of every joint
+    hold: Positive = 1.0  # [s]
+
+
+class BackendGoal(Spec):
+    """The goal comes with the backend's own task (a dm_control task: its target and its reward)."""
+
+    kind: Literal["backend"]
+
+
+Goal = Annotated[PoseGoal | FigureEightGoal | JointGoal | BackendGoal, Field(discriminator="kind")]
+
+
+class Obstacle(Spec):
+    """Something to keep clear of: a sphere (``size`` = radius), a box (three half lengths) or a plane (``normal``).
+
+    It swings smoothly between ``position`` and ``to`` with the given ``period``, starting after ``delay``; without
+    ``to`` it stands still. Lengths in metres, times in seconds.
+    """
+
+    name: str
+    shape: Literal["sphere", "box", "plane"]
+    position: Point  # [m]
+    size: tuple[Positive, ...] = ()  # [m]
+    normal: Point = (0, 0, 1)  # of a plane, unit length
+    to: Point | None = None  # [m]
+    period: Positive = 4.0  # [s], there and back
+    delay: Number = 0.0  # [s]
+
+    def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return position [m] and velocity [m/s], each (3,), at time ``t`` [s]."""
+        start = np.asarray(self.position, float)
+        if self.to is None:
+            return start, np.zeros(3)
+        span, rate = np.asarray(self.to) - start, 2 * np.pi / self.period
+        phase = rate * max(t - self.delay, 0.0)
+        return start + span * (1 - np.cos(phase)) / 2, span * rate * np.sin(phase) / 2
