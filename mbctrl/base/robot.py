@@ -16,7 +16,10 @@ Positive = Annotated[Number, Field(gt=0)]
 
 
 class Limits(Spec):
-    """Joint limits, each (nu,) in the robot's joint order; SI units, a slide joint's in metres and newtons."""
+    """Joint limits in the robot's joint order; SI units, a slide joint's in metres and newtons.
+
+    Position, velocity, acceleration and jerk have one value a joint, effort and its rate one an actuated joint.
+    """
 
     position_lower: Vector  # [rad]
     position_upper: Vector  # [rad]
@@ -38,7 +41,8 @@ class Control(Spec):
     """How the arm takes commands.
 
     ``gravity_compensation`` says that the arm adds its gravity torque to whatever is commanded, as libfranka and UR's
-    direct torque mode do. ``stiffness`` [N·m/rad] and ``damping`` [N·m·s/rad] are the joint impedance gains, (nu,).
+    direct torque mode do. ``stiffness`` [N·m/rad] and ``damping`` [N·m·s/rad] are the joint impedance gains, (nu,), one
+    an actuated joint.
     """
 
     mode: Literal["impedance", "torque"]
@@ -55,6 +59,7 @@ class Robot(Spec):
     description: str
     model: str
     joints: tuple[str, ...] = Field(min_length=1)
+    actuated: tuple[str, ...] | None = None  # the joints that take commands; null: all of them
     home: Vector  # [rad]
     tool: str
     limits: Limits
@@ -63,22 +68,41 @@ class Robot(Spec):
 
     @model_validator(mode="after")
     def _lengths(self) -> Robot:
-        number = len(self.joints)
-        if len(set(self.joints)) != number:
-            raise ValueError("joints: a name appears twice")
-        vectors = {"home": self.home}
-        for group in ("limits", "control"):
-            part = getattr(self, group)
-            vectors |= {f"{group}.{key}": value for key in type(part).model_fields if isinstance(value := getattr(part, key), tuple)}
-        for key, value in vectors.items():
-            if len(value) != number:
-                raise ValueError(f"{key}: expected {number} values, one for each joint, found {len(value)}")
+        for key, group in (("joints", self.joints), ("actuated", self.driven)):
+            if len(set(group)) != len(group):
+                raise ValueError(f"{key}: a name appears twice")
+        unknown = set(self.driven) - set(self.joints)
+        if unknown:
+            raise ValueError(f"actuated: '{min(unknown)}' is not among joints")
+        per_joint = {"home": self.home}
+        per_command = {f"control.{key}": getattr(self.control, key) for key in ("stiffness", "damping")}
+        for key in type(self.limits).model_fields:
+            (per_command if key.startswith("effort") else per_joint)[f"limits.{key}"] = getattr(self.limits, key)
+        for vectors, number, what in ((per_joint, self.nq, "joint"), (per_command, self.nu, "actuated joint")):
+            for key, value in vectors.items():
+                if value is not None and len(value) != number:
+                    raise ValueError(f"{key}: expected {number} values, one for each {what}, found {len(value)}")
         return self
 
     @property
-    def nu(self) -> int:
-        """Number of joints and commands."""
+    def driven(self) -> tuple[str, ...]:
+        """The actuated joints, in order."""
+        return self.joints if self.actuated is None else self.actuated
+
+    @property
+    def nq(self) -> int:
+        """Number of joints."""
         return len(self.joints)
+
+    @property
+    def nu(self) -> int:
+        """Number of commands: actuated joints."""
+        return len(self.driven)
+
+    @property
+    def command_index(self) -> list[int]:
+        """For each command the index of its joint."""
+        return [self.joints.index(joint) for joint in self.driven]
 
     @property
     def model_path(self) -> str:
