@@ -141,6 +141,11 @@ class RigidBodyDynamics:
             return local[:, None]
         return torch.matmul(local, poses.rotation[link]) + poses.position[link]
 
+    def points(self, poses: Poses, link: int, positions: np.ndarray) -> Tensor:
+        """Return the world positions (P, 3, N) [m] of points (P, 3) [m] fixed to a moving ``link``."""
+        local = torch.as_tensor(positions, dtype=self.dtype, device=self.device)
+        return torch.matmul(local, poses.rotation[link]).movedim(1, 0) + poses.position[link]
+
     def terms(self, q: Tensor, v: Tensor) -> Terms:
         """Return M(q), bias without gravity and gravity torque at ``q``, ``v`` (nv, N)."""
         poses = self.poses(q)

@@ -97,7 +97,7 @@ class _Clip:
     def __init__(self, model: mujoco.MjModel, log: Log, joints: list[str], fps: int) -> None:
         if "t" not in log or not len(log["t"]):
             raise LogError("no samples to render")
-        self.model = _render_model(model)
+        self.model = copy.copy(model)
         self.data = mujoco.MjData(self.model)
         self._address = [_address(model, joint) for joint in joints]
         t = log["t"] - log["t"][0]
@@ -125,14 +125,6 @@ def _address(model: mujoco.MjModel, joint: str) -> int:
     return int(model.jnt_qposadr[number])
 
 
-def _render_model(model: mujoco.MjModel) -> mujoco.MjModel:
-    """Return a copy with a picture quality that a software renderer can afford."""
-    model = copy.copy(model)
-    model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, 1024)
-    model.vis.quality.offsamples = min(model.vis.quality.offsamples, 4)
-    return model
-
-
 class _Drawing:
     """What is drawn over the model, and where from."""
 
@@ -147,7 +139,7 @@ class _Drawing:
         for obstacle in self.obstacles:
             position, _ = obstacle.at(self.clip.start + self.clip.times[index])
             kind = mujoco.mjtGeom.mjGEOM_SPHERE if obstacle.shape == "sphere" else mujoco.mjtGeom.mjGEOM_BOX
-            add_geom(scene, kind, _three(obstacle.size), position, np.eye(3), (*OBSTACLE, 0.45))
+            add_geom(scene, kind, _three(obstacle.size), position, np.eye(3), (*OBSTACLE, 0.3))
         self._draw_target(scene, self.clip.target[index])
         for line in self.pale:
             for a, b in zip(line[:-1], line[1:]):
@@ -168,7 +160,7 @@ class _Drawing:
             add_segment(scene, target[:3], target[:3] + 1.6 * self.size * axis, 0.09 * self.size, (*colour, 1.0))
 
     def _draw_trace(self, scene: mujoco.MjvScene, index: int) -> None:
-        first = max(0, index - int(TRACE * self.clip.fps))
+        first = max(0, index - round(TRACE * self.clip.fps))
         last = self.clip.tool[index]
         for step in range(index - 1, first - 1, -1):  # from new to old, so that a full scene loses the oldest
             point = self.clip.tool[step]
@@ -211,7 +203,7 @@ def _camera(model: mujoco.MjModel, clip: _Clip, obstacles: list[Obstacle]) -> mu
         low, high = cloud.min(axis=0), cloud.max(axis=0)
         camera.lookat[:] = (low + high) / 2
         radius = max(float(np.linalg.norm(high - low)) / 2, 0.5 * float(model.geom_rbound[solid].max(initial=0.05)))
-        camera.distance = 1.15 * radius / np.sin(np.radians(model.vis.global_.fovy) / 2)
+        camera.distance = radius / np.sin(np.radians(model.vis.global_.fovy) / 2)
     return camera
 
 
@@ -221,7 +213,7 @@ def add_geom(scene: mujoco.MjvScene, kind: int, size: list[float], position: np.
         return
     geom = scene.geoms[scene.ngeom]
     mujoco.mjv_initGeom(geom, kind, np.asarray(size, float), np.asarray(position, float), rotation.reshape(9), np.asarray(rgba, np.float32))
-    geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+    geom.category, geom.specular = mujoco.mjtCatBit.mjCAT_DECOR, 0.1
     scene.ngeom += 1
 
 

@@ -1,0 +1,64 @@
+"""Action parametrisation: a few knots in time, spread over the horizon by a constant matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+
+INTERPOLATIONS = ("zero", "linear", "cubic")
+
+
+class Knots:
+    """``count`` knots over a horizon of ``steps`` steps of ``dt`` seconds.
+
+    Zero order holds each knot for an equal share of the horizon; linear and cubic (natural spline) place the first knot
+    at its start and the last at its end. Commands past the horizon hold the last value.
+
+    Args:
+        count: knots K, at least 1 (2 for linear, 3 for cubic).
+        steps: horizon steps H.
+        dt: [s].
+        interpolation: one of INTERPOLATIONS.
+        dtype, device: of ``basis``.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        steps: int,
+        dt: float,
+        interpolation: str = "cubic",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(INTERPOLATIONS)}")
+        least = 1 + INTERPOLATIONS.index(interpolation)
+        if count < least:
+            raise ValueError(f"{interpolation} interpolation needs at least {least} knots, found {count}")
+        self.count, self.steps, self.dt, self.interpolation = count, steps, dt, interpolation
+        self.duration = steps * dt
+        self.times = np.arange(count) * self.duration / count if interpolation == "zero" else np.linspace(0, self.duration, count)
+        self._like = {"dtype": dtype, "device": device}
+        # A step's command is held in the rollout, so it is the curve's value in the middle of the step.
+        self.basis = torch.as_tensor(self.weights((np.arange(steps) + 0.5) * dt), **self._like)
+
+    def weights(self, t: np.ndarray) -> np.ndarray:
+        """Return the (T, K) matrix from knots to the command at times ``t`` [s] after the horizon's start, (T,)."""
+        t = np.clip(t, 0.0, self.duration)
+        if self.interpolation == "zero":
+            index = np.minimum((t / self.duration * self.count + 1e-9).astype(int), self.count - 1)
+            return np.eye(self.count)[index]
+        if self.interpolation == "linear":
+            return np.stack([np.interp(t, self.times, row) for row in np.eye(self.count)], axis=1)
+        return CubicSpline(self.times, np.eye(self.count), bc_type="natural")(t)
+
+    def commands(self, knots: Tensor) -> Tensor:
+        """Return commands (H, nu, N) from ``knots`` (K, nu, N)."""
+        return (self.basis @ knots.flatten(1)).view(self.steps, *knots.shape[1:])
+
+    def shift(self, elapsed: float) -> Tensor:
+        """Return the (K, K) matrix that moves knots ``elapsed`` seconds on: the same curve seen from a later start."""
+        return torch.as_tensor(self.weights(self.times + elapsed), **self._like)

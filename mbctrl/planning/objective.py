@@ -1,0 +1,137 @@
+"""Costs of command sequences: roll out, look, sum the task's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbctrl.base.robot import Robot
+from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.actuation import Impedance
+from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
+from mbctrl.tasks.features import Features
+from mbctrl.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What changes from plan to plan; times are the ends of the H steps. Absent ones are None.
+
+    Shapes: ``p_target`` (3, H, 1) [m], ``r_target`` (3, 3, H, 1), ``q_target`` (nq,) [rad], ``obstacles`` a (3, H, 1)
+    position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start.
+    """
+
+    u_before: Tensor
+    p_target: Tensor | None = None
+    r_target: Tensor | None = None
+    q_target: Tensor | None = None
+    obstacles: tuple[Tensor, ...] = ()
+
+
+class FeatureMap:
+    """Turns states and commands into the features terms look at, all steps and samples in one wide pass.
+
+    Args:
+        robot: its tool and gains.
+        kinematics: poses of the arm's links; the analytic model also where MuJoCo is the dynamics.
+        obstacles: their shapes.
+    """
+
+    def __init__(self, robot: Robot, kinematics: RigidBodyDynamics, obstacles: tuple[Obstacle, ...] = ()) -> None:
+        self.kinematics, self.obstacles = kinematics, obstacles
+        tree = kinematics.tree
+        self.tool = tree.frames[robot.tool]
+        self.commanded = kinematics.commanded
+        actuation = kinematics.actuation
+        self._gains: tuple[Tensor, Tensor] | None = None
+        if isinstance(actuation, Impedance):
+            self._gains = (self._column(actuation.stiffness), self._column(actuation.damping))
+        self._ends = [(c.link, np.stack([c.a, c.b])) for c in tree.capsules]
+        self._radius = self._column([c.radius for c in tree.capsules])
+
+    def _column(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, float), dtype=self.kinematics.dtype, device=self.kinematics.device)[:, None, None]
+
+    def __call__(self, states: Tensor, commands: Tensor, parameters: Parameters) -> Features:
+        """Return the features of ``states`` (H, nx, N), each reached under ``commands`` (H, nu, N); rows are (H, N)."""
+        nq, model = self.kinematics.nq, self.kinematics
+        horizon, _, samples = states.shape
+        x, u = states.to(model.dtype).movedim(0, 1), commands.movedim(0, 1)
+        q, v = x[:nq], x[nq:]
+        first = parameters.u_before[:, None, None].expand(-1, 1, samples)
+        position = rotation = None
+        clearances: tuple[Tensor, ...] = ()
+        if parameters.p_target is not None or self.obstacles:
+            poses = model.poses(q.reshape(nq, -1))
+            r, p = model.frame(poses, self.tool)
+            rotation, position = r.reshape(3, 3, horizon, samples), p.reshape(3, horizon, samples)
+            if self.obstacles:
+                clearances = self.clearances(poses, parameters.obstacles, (horizon, samples))
+        pick = self.commanded
+        return Features(
+            q=q,
+            v=v,
+            u=u,
+            u_before=torch.cat((first, u[:, :-1]), 1),
+            effort=u if self._gains is None else self._gains[0] * (u - q[pick]) - self._gains[1] * v[pick],
+            p_world_tcp=position,
+            R_world_tcp=rotation,
+            p_world_target=parameters.p_target,
+            R_world_target=parameters.r_target,
+            q_target=None if parameters.q_target is None else parameters.q_target[:, None, None],
+            clearances=clearances,
+        )
+
+    def clearances(self, poses: Any, positions: tuple[Tensor, ...], shape: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Return for each obstacle at ``positions`` (3, H, 1) the capsules' distances (C, H, N) [m]."""
+        ends = [self.kinematics.points(poses, link, pair) for link, pair in self._ends]  # (2, 3, H * N) each
+        both = torch.stack(ends, 2).view(2, 3, len(ends), *shape)
+        distances = []
+        for obstacle, position in zip(self.obstacles, positions):
+            center = position[:, None]
+            if obstacle.shape == "sphere":
+                distances.append(capsule_sphere(both[0], both[1], self._radius, center, obstacle.size[0]))
+            elif obstacle.shape == "box":
+                distances.append(capsule_box(both[0], both[1], self._radius, center, obstacle.size))
+            else:
+                distances.append(capsule_plane(both[0], both[1], self._radius, center, obstacle.normal))
+        return tuple(distances)
+
+
+class RolloutObjective:
+    """The planner's objective: discounted running cost plus terminal cost of rolled-out command sequences.
+
+    Args:
+        dynamics: the model; anything with ``rollout``, ``dt``, ``nx``.
+        features: what the terms see.
+        task: the terms.
+        discount: factor a step, (0, 1].
+    """
+
+    def __init__(self, dynamics: Any, features: FeatureMap, task: Task, discount: float = 1.0) -> None:
+        self.dynamics, self.features, self.task = dynamics, features, task
+        self.discount = discount
+
+    def __call__(self, x: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
+        """Return costs (N,) of ``commands`` (H, nu, N) from state ``x`` (nx,)."""
+        states = self.dynamics.rollout(x[:, None].expand(-1, commands.shape[-1]), commands)
+        return self.cost(states[1:], commands, parameters)
+
+    def cost(self, states: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
+        """Return costs (N,) of ``states`` (H, nx, N) reached under ``commands`` (H, nu, N)."""
+        horizon = len(states)
+        rows = self.task.costs(self.features(states, commands, parameters))
+        when = self.dynamics.dt * self.discount ** torch.arange(horizon, dtype=states.dtype, device=states.device)
+        total = torch.zeros(states.shape[-1], dtype=self.features.kinematics.dtype, device=states.device)
+        for name, row in rows.items():
+            weights = when.to(row.dtype)
+            if self.task.terms[name].terminal:
+                weights = weights.clone()
+                weights[-1] += self.task.terms[name].terminal * self.discount**horizon
+            total = total + weights @ row.expand(horizon, -1)
+        return total

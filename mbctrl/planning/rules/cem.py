@@ -1,0 +1,36 @@
+"""The cross-entropy method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from mbctrl.planning.rules.base import Distribution, Rule, equal_weights, ranked
+
+
+@dataclass(frozen=True)
+class Cem(Rule):
+    """Refit mean and spread to the cheapest candidates.
+
+    Source: Botev, Kroese, Rubinstein and L'Ecuyer, "The cross-entropy method for optimization" (2013).
+
+    Args:
+        elites: candidates that are refitted to.
+        smoothing: share of the old mean and spread that is kept, [0, 1).
+        floor: least spread, as a share of the initial one; keeps the search alive.
+    """
+
+    elites: int = 64
+    smoothing: float = 0.1
+    floor: float = 0.05
+
+    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+        """Return mean and spread of the elites, smoothed with the old ones."""
+        index = ranked(costs, self.elites)
+        chosen = knots[:, :, index]
+        keep = self.smoothing
+        mean = keep * old.mean + (1 - keep) * chosen.mean(-1)
+        spread = keep * old.spread + (1 - keep) * chosen.std(-1, unbiased=False)
+        new = replace(old, mean=mean, spread=spread, best=knots[:, :, index[0]])
+        return new, equal_weights(costs, index)

@@ -1,0 +1,1 @@
+"""Tasks: sums of named cost terms, written once for torch tensors and for traced expressions."""

@@ -1,0 +1,49 @@
+"""Signed distances from capsules to spheres, boxes and planes; vectors are indexed by component, [0], [1], [2].
+
+Trailing shapes broadcast, so one call serves all capsules and samples. Source: Ericson, "Real-Time Collision
+Detection" (2005), section 5.1, for the closest point on a segment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mbctrl.tasks.algebra import absolute, clip01, dot, maximum, minimum, positive, sqrt
+
+_TINY = 1e-12  # keeps the square root differentiable at zero and a point capsule's division defined
+
+
+def _difference(a: Any, b: Any) -> list[Any]:
+    return [a[i] - b[i] for i in range(3)]
+
+
+def capsule_sphere(a: Any, b: Any, radius: Any, center: Any, size: Any) -> Any:
+    """Return the distance [m] of capsule (``a``, ``b``, ``radius``) from the sphere at ``center`` of radius ``size``."""
+    along, reach = _difference(b, a), _difference(center, a)
+    part = clip01(dot(reach, along) / (dot(along, along) + _TINY))
+    gap = [reach[i] - part * along[i] for i in range(3)]
+    return sqrt(dot(gap, gap) + _TINY) - radius - size
+
+
+def capsule_plane(a: Any, b: Any, radius: Any, point: Any, normal: Any) -> Any:
+    """Return the height [m] of capsule (``a``, ``b``, ``radius``) over the plane through ``point`` with unit ``normal``."""
+    return minimum(dot(_difference(a, point), normal), dot(_difference(b, point), normal)) - radius
+
+
+def capsule_box(a: Any, b: Any, radius: Any, center: Any, half: Any, points: int = 5) -> Any:
+    """Return the distance [m] of a capsule from an axis-aligned box of half lengths ``half``, never too large.
+
+    The capsule is covered by ``points`` spheres, each grown to reach halfway to the next, so the figure is at most
+    ``sqrt(r² + (length / 2 points)²) - r`` too small.
+    """
+    along = _difference(b, a)
+    cover = sqrt(radius * radius + dot(along, along) / (4.0 * points * points))
+    nearest = None
+    for k in range(points):
+        part = (k + 0.5) / points
+        out = [absolute(a[i] + part * along[i] - center[i]) - half[i] for i in range(3)]
+        beyond = [positive(value) for value in out]
+        inside = minimum(maximum(maximum(out[0], out[1]), out[2]), 0.0 * out[0])
+        distance = sqrt(dot(beyond, beyond) + _TINY) + inside
+        nearest = distance if nearest is None else minimum(nearest, distance)
+    return nearest - cover

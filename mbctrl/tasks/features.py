@@ -1,0 +1,37 @@
+"""What a cost term may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Features:
+    """Named features of one step; a vector is indexed by component, each component a row of samples (or a traced scalar).
+
+    States are those after the step, commands those of the step. Absent features are None.
+    """
+
+    q: Any  # (nq) [rad]
+    v: Any  # (nv) [rad/s]
+    u: Any  # (nu) commands: references [rad] or torques [N·m]
+    u_before: Any  # (nu) the commands one step earlier
+    effort: Any  # (nu) commanded joint torque without gravity compensation [N·m]
+    p_world_tcp: Any  # (3) [m]
+    R_world_tcp: Any  # (3)(3)
+    p_world_target: Any  # (3) [m], or None
+    R_world_target: Any  # (3)(3), or None: any orientation
+    q_target: Any  # (nq) [rad], or None
+    clearances: tuple[Any, ...]  # for each obstacle the distances of the arm's capsules from it [m], first index: capsule
+
+
+@dataclass(frozen=True)
+class RobotScales:
+    """The robot's limits, by which terms make their errors dimensionless."""
+
+    home: tuple[float, ...]  # [rad]
+    position_lower: tuple[float, ...]  # [rad]
+    position_upper: tuple[float, ...]  # [rad]
+    velocity: tuple[float, ...]  # [rad/s]
+    effort: tuple[float, ...]  # [N·m]

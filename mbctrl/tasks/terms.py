@@ -1,0 +1,187 @@
+"""The built-in cost terms.
+
+Every term is dimensionless before its ``weight``, which is cost per second; ``terminal`` adds that many seconds' worth
+of the same cost at the end of the horizon. A user's own term is any subclass of ``Term``, named in YAML as
+``kind: "package.module:Name"``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from mbctrl.base.robot import Positive, Vector
+from mbctrl.base.spec import Number, Spec
+from mbctrl.tasks.algebra import cos, dot, positive, pseudo_huber
+from mbctrl.tasks.features import Features, RobotScales
+
+NonNegative = Annotated[Number, Field(ge=0)]
+
+
+class Term(Spec):
+    """A named cost: ``weight`` [1/s] and ``terminal`` [s]."""
+
+    weight: NonNegative
+    terminal: NonNegative = 0.0
+    needs: ClassVar[str | None] = None  # the feature without which the term means nothing
+
+    @abstractmethod
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        """Return the cost rate of one step, dimensionless, a row of samples."""
+
+
+def _position_error(f: Features, scale: float) -> Any:
+    error = [(f.p_world_tcp[i] - f.p_world_target[i]) * (1.0 / scale) for i in range(3)]
+    return dot(error, error)
+
+
+def _rotation_error(f: Features, scale: float) -> Any:
+    """Return the squared rotation error over ``scale`` squared; 2 (1 - cos angle), the angle squared near zero."""
+    trace = 0.0
+    for i in range(3):
+        for j in range(3):
+            trace = trace + f.R_world_tcp[i][j] * f.R_world_target[i][j]
+    return positive(3.0 - trace) * (1.0 / scale**2)
+
+
+class Reach(Term):
+    """Tool pose at the target, robust far away: pseudo-Huber of the distance over its scale, and of the angle."""
+
+    needs: ClassVar[str | None] = "p_world_target"
+    position_scale: Positive = 0.05  # [m]
+    rotation_scale: Positive = 0.2  # [rad]
+    rotation_weight: NonNegative = 1.0
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = pseudo_huber(_position_error(f, self.position_scale))
+        if f.R_world_target is None or self.rotation_weight == 0:
+            return total
+        return total + self.rotation_weight * pseudo_huber(_rotation_error(f, self.rotation_scale))
+
+
+class Track(Term):
+    """Tool pose on a moving reference: squared distance and angle, each over its scale."""
+
+    needs: ClassVar[str | None] = "p_world_target"
+    position_scale: Positive = 0.01  # [m]
+    rotation_scale: Positive = 0.1  # [rad]
+    rotation_weight: NonNegative = 1.0
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = _position_error(f, self.position_scale)
+        if f.R_world_target is None or self.rotation_weight == 0:
+            return total
+        return total + self.rotation_weight * _rotation_error(f, self.rotation_scale)
+
+
+class Posture(Term):
+    """Joints near a configuration: the goal's, the one given here, or home. ``wrap`` counts angles modulo a turn."""
+
+    reference: Vector | None = None  # [rad]
+    scale: Positive = 1.0  # [rad]
+    wrap: bool = False
+    joint_weights: Vector | None = None
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        reference = f.q_target if self.reference is None and f.q_target is not None else self.reference or robot.home
+        total = 0.0
+        for i, weight in enumerate(self.joint_weights or (1.0,) * len(robot.home)):
+            if weight:
+                error = f.q[i] - reference[i]
+                square = 2.0 * (1.0 - cos(error)) if self.wrap else error * error
+                total = total + (weight / self.scale**2) * square
+        return total
+
+
+class Velocity(Term):
+    """Joint speeds over their limits, squared and summed; ``scale`` [rad/s] replaces the limits."""
+
+    scale: Positive | None = None
+    joint_weights: Vector | None = None
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for i, weight in enumerate(self.joint_weights or (1.0,) * len(robot.velocity)):
+            if weight:
+                total = total + (weight / (self.scale or robot.velocity[i]) ** 2) * f.v[i] * f.v[i]
+        return total
+
+
+class Effort(Term):
+    """Commanded joint torques over their limits, squared and summed."""
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        return sum((1.0 / limit**2) * f.effort[i] * f.effort[i] for i, limit in enumerate(robot.effort))
+
+
+class Smoothness(Term):
+    """Change of the command from step to step over ``scale`` ([rad] or [N·m]), squared and summed."""
+
+    scale: Positive
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for i in range(len(f.u)):
+            change = (f.u[i] - f.u_before[i]) * (1.0 / self.scale)
+            total = total + change * change
+        return total
+
+
+class JointLimits(Term):
+    """Barrier inside each joint's range: zero outside ``margin`` [rad] of a limit, 1 at it, growing as the square."""
+
+    margin: Positive = 0.1
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for i, (low, high) in enumerate(zip(robot.position_lower, robot.position_upper)):
+            over = positive(f.q[i] - (high - self.margin)) + positive(low + self.margin - f.q[i])
+            total = total + over * over * (1.0 / self.margin**2)
+        return total
+
+
+class VelocityLimits(Term):
+    """Barrier at the joints' speed limits: zero below ``1 - margin`` of a limit, 1 at it, growing as the square."""
+
+    margin: Annotated[Number, Field(gt=0, lt=1)] = 0.2
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for i, limit in enumerate(robot.velocity):
+            ratio = f.v[i] * (1.0 / limit)
+            over = positive(ratio - (1 - self.margin)) + positive(-(1 - self.margin) - ratio)
+            total = total + over * over * (1.0 / self.margin**2)
+        return total
+
+
+class Avoid(Term):
+    """Keep every capsule of the arm ``margin`` [m] clear of every obstacle.
+
+    Zero beyond ``margin + buffer``, 1 at the margin, growing as the square; ``margin`` is also what the run's clearance
+    is judged by.
+    """
+
+    margin: NonNegative = 0.03
+    buffer: Positive = 0.05
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for distances in f.clearances:
+            over = positive(self.margin + self.buffer - distances) * (1.0 / self.buffer)
+            total = total + (over * over).sum(0)
+        return total
+
+
+TERMS = {
+    "reach": "mbctrl.tasks.terms:Reach",
+    "track": "mbctrl.tasks.terms:Track",
+    "posture": "mbctrl.tasks.terms:Posture",
+    "velocity": "mbctrl.tasks.terms:Velocity",
+    "effort": "mbctrl.tasks.terms:Effort",
+    "smoothness": "mbctrl.tasks.terms:Smoothness",
+    "joint_limits": "mbctrl.tasks.terms:JointLimits",
+    "velocity_limits": "mbctrl.tasks.terms:VelocityLimits",
+    "avoid": "mbctrl.tasks.terms:Avoid",
+}
