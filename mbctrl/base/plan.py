@@ -102,3 +102,30 @@ class PlanFollower:
             return u
         left = 1 - (t - self._switched) / self.blend
         return u + self._offset * left if left > 0 else u
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the control loop tells the planner; times are the loop's clock [s].
+
+    Args:
+        stamp: when the state was measured.
+        x: (nq + nv) the state.
+        latency: how long a plan is expected to take [s]; the plan starts that much after ``stamp``. 0: no prediction.
+        following: what the control side is doing, or None before the first plan.
+        goal: index of the goal's current target.
+        goal_time: time since the goal's reference started [s].
+        target: a tool pose that overrides the goal's, as position (3,) and rotation (3, 3) or None, or None.
+        obstacles: position and velocity of each obstacle at ``stamp``.
+        fan: how many sampled tool paths to send back, for display.
+    """
+
+    stamp: float
+    x: np.ndarray
+    latency: float = 0.0
+    following: Following | None = None
+    goal: int = 0
+    goal_time: float = 0.0
+    target: tuple[np.ndarray, np.ndarray | None] | None = None
+    obstacles: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    fan: int = 0

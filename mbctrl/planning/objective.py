@@ -46,7 +46,7 @@ class FeatureMap:
         self.kinematics, self.obstacles = kinematics, obstacles
         tree = kinematics.tree
         self.tool = tree.frames[robot.tool]
-        self.commanded = kinematics.commanded
+        self._pick = slice(None) if kinematics.commanded == list(range(kinematics.nq)) else kinematics.commanded
         actuation = kinematics.actuation
         self._gains: tuple[Tensor, Tensor] | None = None
         if isinstance(actuation, Impedance):
@@ -72,7 +72,7 @@ class FeatureMap:
             rotation, position = r.reshape(3, 3, horizon, samples), p.reshape(3, horizon, samples)
             if self.obstacles:
                 clearances = self.clearances(poses, parameters.obstacles, (horizon, samples))
-        pick = self.commanded
+        pick = self._pick
         return Features(
             q=q,
             v=v,

@@ -49,12 +49,24 @@ class Planner:
         lower, upper: (nu,) command bounds; knots are clipped to them (cubic curves between may overshoot and are
             clipped again).
         iterations: updates a plan.
+        growth: factor by which a learnt spread widens from plan to plan, up to ``sigma``; None: wide again at once.
     """
 
     def __init__(
-        self, objective: Objective, rule: Rule, knots: Knots, noise: Noise, *, sigma: Tensor, lower: Tensor, upper: Tensor, iterations: int = 1
+        self,
+        objective: Objective,
+        rule: Rule,
+        knots: Knots,
+        noise: Noise,
+        *,
+        sigma: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        iterations: int = 1,
+        growth: float | None = None,
     ) -> None:
         self.objective, self.rule, self.knots, self.noise, self.iterations = objective, rule, knots, noise, iterations
+        self.growth = growth
         self._sigma = sigma.expand(knots.count, -1)
         self._low, self._high = lower[None, :, None], upper[None, :, None]
 
@@ -71,11 +83,14 @@ class Planner:
         return state, result
 
     def shifted(self, state: PlannerState, t: float) -> PlannerState:
-        """Return the belief as seen from time ``t`` [s], its spread wide again."""
+        """Return the belief as seen from time ``t`` [s], its spread widened."""
         move = self.knots.shift(t - state.start)
         old = state.belief
+        spread = self._sigma
+        if self.growth is not None:
+            spread = torch.minimum(self.growth * (move.abs() @ old.spread), self._sigma)
         kept = (move @ old.kept.flatten(1)).view(old.kept.shape)
-        return replace(state, belief=Distribution(move @ old.mean, self._sigma, move @ old.best, kept), start=t)
+        return replace(state, belief=Distribution(move @ old.mean, spread, move @ old.best, kept), start=t)
 
     def iterate(self, state: PlannerState, x: Tensor, parameters: Any) -> tuple[PlannerState, Result]:
         """Draw, cost and update once; k calls are k iterations of one plan."""

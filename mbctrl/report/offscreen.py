@@ -21,6 +21,7 @@ import numpy as np
 from mbctrl.base.errors import ExtraError
 
 HINT = "install a GPU driver with EGL, or software rendering: apt install libosmesa6"
+SKY = (0.78, 0.83, 0.89, 1.0)  # behind a model that has no sky of its own
 BACKENDS = ("egl", "osmesa", "glfw")
 # A backend that does not work can abort the whole process, so each is tried in one of its own.
 PROBE = """
@@ -86,12 +87,12 @@ class Canvas:
         self._gl = _open_context(self.width, self.height)
         if _in_software():
             _cheapen(model)
+        self._bare = not (model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).any()
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
         self._scene, self._option = mujoco.MjvScene(model, maxgeom=5000), mujoco.MjvOption()
         self._rect = mujoco.MjrRect(0, 0, self.width, self.height)
         self._pixels = np.empty((self.height, self.width, 3), np.uint8)
-        self._sky = None if (model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).any() else _gradient(self.height)
 
     def render(
         self,
@@ -103,6 +104,8 @@ class Canvas:
         """Return a picture (height, width, 3), uint8 RGB; ``draw`` adds to the scene, ``text`` is put in a corner."""
         self._gl.make_current()
         mujoco.mjv_updateScene(self._model, data, self._option, None, camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        if self._bare:
+            _hang_backdrop(self._scene)
         if draw is not None:
             draw(self._scene)
         mujoco.mjr_render(self._rect, self._scene, self._mjr)
@@ -110,11 +113,7 @@ class Canvas:
             font, corner = mujoco.mjtFont.mjFONT_NORMAL, mujoco.mjtGridPos.mjGRID_BOTTOMLEFT
             mujoco.mjr_overlay(font, corner, self._rect, text, "", self._mjr)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._mjr)
-        picture = np.ascontiguousarray(self._pixels[::-1])
-        if self._sky is not None:  # MuJoCo leaves pure black where a model without a sky has nothing
-            empty = ~picture.any(axis=2)
-            picture[empty] = np.broadcast_to(self._sky, picture.shape)[empty]
-        return picture
+        return np.ascontiguousarray(self._pixels[::-1])
 
     def close(self) -> None:
         """Free the context; safe to call twice."""
@@ -131,10 +130,16 @@ class Canvas:
         self.close()
 
 
-def _gradient(height: int) -> np.ndarray:
-    """Return a pale sky (height, 1, 3), uint8."""
-    top, bottom = np.array([150, 170, 195]), np.array([228, 233, 240])
-    return (top + (bottom - top) * np.linspace(0, 1, height)[:, None]).astype(np.uint8)[:, None, :]
+def _hang_backdrop(scene: mujoco.MjvScene) -> None:
+    """Put a pale wall behind everything, where MuJoCo would show black: what is translucent must blend with it."""
+    camera, geom = scene.camera[0], scene.geoms[scene.ngeom]
+    forward, up = np.asarray(camera.forward, float), np.asarray(camera.up, float)
+    far = 0.95 * camera.frustum_far
+    rotation = np.stack([np.cross(up, -forward), up, -forward], axis=1)
+    size, place = np.array([4 * far, 4 * far, 1e-3 * far]), camera.pos + far * forward
+    mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_BOX, size, place, rotation.ravel(), np.array(SKY, np.float32))
+    geom.category, geom.emission, geom.specular = mujoco.mjtCatBit.mjCAT_DECOR, 0.6, 0.0
+    scene.ngeom += 1
 
 
 def _in_software() -> bool:

@@ -1,0 +1,130 @@
+"""Schemas of controllers and scenarios, and how the two become one resolved run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mbctrl.base.find import find
+from mbctrl.base.robot import Positive, Vector
+from mbctrl.base.scene import BackendGoal, Goal, Obstacle
+from mbctrl.base.spec import Number, Spec, load_yaml, validate
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegative = Annotated[Number, Field(ge=0)]
+
+
+class PlannerSpec(Spec):
+    """The sampling planner.
+
+    ``sigma`` is the initial spread of the command, one value or one an actuated joint: [rad] for impedance references,
+    [N·m] for torques. ``beta`` colours ``noise: coloured``.
+    """
+
+    samples: Count = 512
+    iterations: Count = 1
+    horizon: Positive = 0.6  # [s]
+    knots: Count = 6
+    interpolation: Literal["zero", "linear", "cubic"] = "cubic"
+    noise: Literal["white", "coloured", "halton", "sobol"] = "white"
+    beta: NonNegative = 2.0
+    sigma: Positive | tuple[Positive, ...] = 0.1
+    growth: Annotated[Number, Field(ge=1)] | None = None  # of a learnt spread, a plan; null: back to sigma at once
+    discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
+
+
+class DynamicsSpec(Spec):
+    """The planner's model: ``torch`` the analytic one, ``mujoco`` the simulator; ``dt`` is its time step [s]."""
+
+    backend: Literal["torch", "mujoco"] = "torch"
+    dt: Positive = 0.04
+    device: str = "cpu"
+    threads: Annotated[int, Field(ge=0)] = 0  # of the simulator; 0: all
+
+
+class LoopSpec(Spec):
+    """The control loop around the planner.
+
+    ``rate`` is how often a plan is asked for [Hz]; ``predict`` plans from the state expected when the plan will be
+    ready; ``latency`` [s] is the planner's latency in lockstep; ``blend`` [s] smooths the change of plans; a plan whose
+    state is older than ``stale`` [s] is no longer followed. ``feedback`` gains pull torque-mode arms to the planned state.
+    """
+
+    rate: Positive = 25.0
+    predict: bool = True
+    latency: NonNegative = 0.0
+    blend: NonNegative = 0.03
+    stale: Positive = 0.5
+    feedback_stiffness: Vector | None = None  # [N·m/rad]
+    feedback_damping: Vector | None = None  # [N·m·s/rad]
+
+
+class Controller(Spec):
+    """``controllers/NAME.yaml``: rule, planner, model and task, tuned together."""
+
+    rule: str
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    planner: PlannerSpec = PlannerSpec()
+    dynamics: DynamicsSpec = DynamicsSpec()
+    task: Mapping[str, Any]
+    loop: LoopSpec = LoopSpec()
+
+
+class BackendSpec(Spec):
+    """What moves: ``mujoco`` simulates the robot's own model; ``dm_control`` runs the suite's ``task`` (DOMAIN-TASK)."""
+
+    kind: Literal["mujoco", "dm_control"] = "mujoco"
+    task: str | None = None
+    start_noise: NonNegative = 0.0  # [rad], uniform, around home
+
+
+class RecordSpec(Spec):
+    """What a run leaves behind besides its log."""
+
+    plots: bool = True
+    video: bool = True
+
+
+class RunConfig(Controller):
+    """A resolved run: everything that decides what happens, saved beside the log."""
+
+    robot: str
+    goal: Goal = BackendGoal(kind="backend")
+    obstacles: tuple[Obstacle, ...] = ()
+    backend: BackendSpec = BackendSpec()
+    record: RecordSpec = RecordSpec()
+    duration: Positive  # [s]
+    stop_when_done: bool = False  # end once every target was reached
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+
+def load_controller(name: str, *, file: str | Path | None = None, key: str | None = None) -> Controller:
+    """Load a controller by name or path; SpecError names file and key."""
+    path = find("controllers", name, file=file, key=key)
+    return validate(Controller, load_yaml(path), path)
+
+
+def load_run(name: str) -> tuple[RunConfig, Path]:
+    """Resolve a scenario by name or path: its controller's settings, overridden by the scenario's own.
+
+    Returns the run and the scenario's file. Errors: SpecError naming file and key.
+    """
+    path = find("launch", name)
+    scenario = load_yaml(path)
+    controller = scenario.pop("controller", None)
+    base: dict[str, Any] = {}
+    if controller is not None:
+        base = load_controller(str(controller), file=path, key="controller").model_dump(exclude_unset=True)
+    return validate(RunConfig, merged(base, scenario), path), path
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``over`` laid on top, mappings merged key by key."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out

@@ -1,0 +1,1 @@
+"""The command line, and what wires planner, loop and robot together."""

@@ -1,0 +1,67 @@
+"""The contract between the control loop and whatever moves: a simulator or an arm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RobotState:
+    """A measurement; ``stamp`` is the robot's own time on the loop's clock [s], ``seq`` counts measurements.
+
+    ``q`` (nq,) [rad], ``v`` (nq,) [rad/s], ``tau`` (nu,) total actuator torque [N·m], ``gravity`` (nu,) the part of it
+    the robot adds by itself [N·m] (zeros where it compensates nothing).
+    """
+
+    stamp: float
+    seq: int
+    q: np.ndarray
+    v: np.ndarray
+    tau: np.ndarray
+    gravity: np.ndarray
+
+
+@dataclass(frozen=True)
+class JointCommand:
+    """The torque law the robot applies until the next one: ``torque + K (q_ref - q) + D (v_ref - v)``, (nu,) each.
+
+    K = D = 0 is plain torque control. Units: [rad], [rad/s], [N·m/rad], [N·m·s/rad], [N·m].
+    """
+
+    q_ref: np.ndarray
+    v_ref: np.ndarray
+    stiffness: np.ndarray
+    damping: np.ndarray
+    torque: np.ndarray
+
+    def at(self, q: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Return the commanded torque (nu,) [N·m] at the actuated joints' state."""
+        return self.torque + self.stiffness * (self.q_ref - q) + self.damping * (self.v_ref - v)
+
+    def finite(self) -> bool:
+        """Return whether every number is finite."""
+        parts = (self.q_ref, self.v_ref, self.stiffness, self.damping, self.torque)
+        return all(np.isfinite(part).all() for part in parts)
+
+
+class Driver(ABC):
+    """A robot. ``open`` before the first ``read``; ``stop`` may be called at any time and more than once."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Connect and make ready; DriverError if that fails."""
+
+    @abstractmethod
+    def read(self) -> RobotState:
+        """Return the newest measurement."""
+
+    @abstractmethod
+    def write(self, command: JointCommand) -> None:
+        """Put a gated command in force."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Bring the robot to its defined safe state and let go."""

@@ -1,0 +1,87 @@
+"""The safety gate: the last thing every command passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from mbctrl.base.errors import DriverError
+from mbctrl.base.robot import Robot
+from mbctrl.runtime.driver import JointCommand, RobotState
+
+# Clamping exactly at a limit would leave rounding and the driver's own interpolation on the wrong side of it.
+_RATE_SHARE = 0.95
+
+
+class SafetyGate:
+    """Lets a command through, bounded to the robot's limits; counts every clamp in ``counts``.
+
+    - a non-finite command is replaced by holding the last measured position;
+    - a position reference is bounded to the joint limits;
+    - a joint at its speed limit takes no torque that speeds it up further;
+    - a joint beyond its position limit takes no torque that drives it further;
+    - total torque and its rate of change are bounded.
+
+    Non-finite measurements raise DriverError: there is nothing safe to compute from them, the loop stops the robot.
+    """
+
+    def __init__(self, robot: Robot) -> None:
+        limits, self._pick = robot.limits, robot.command_index
+        self._low = np.asarray(limits.position_lower)[self._pick]
+        self._high = np.asarray(limits.position_upper)[self._pick]
+        self._speed = np.asarray(limits.velocity)[self._pick]
+        self._effort = np.asarray(limits.effort)
+        rate = limits.effort_rate
+        self._rate = np.full(robot.nu, np.inf) if rate is None else np.asarray(rate) * _RATE_SHARE
+        self._stiffness, self._damping = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
+        self._last: np.ndarray | None = None
+        self._last_stamp = 0.0
+        self.counts: Counter[str] = Counter()
+
+    def hold(self, state: RobotState) -> JointCommand:
+        """Return the command that holds the measured position and damps, with the robot's own gains."""
+        zero = np.zeros(len(self._pick))
+        return JointCommand(state.q[self._pick], zero, self._stiffness, self._damping, zero)
+
+    def __call__(self, state: RobotState, command: JointCommand) -> tuple[JointCommand, bool]:
+        """Return the command to send and whether anything was clamped."""
+        if not (np.isfinite(state.q).all() and np.isfinite(state.v).all()):
+            raise DriverError("the robot reports a non-finite position or velocity", key="state")
+        before = self.counts.total()
+        if not command.finite():
+            self.counts["non-finite"] += 1
+            command = self.hold(state)
+        reference = command.q_ref.clip(self._low, self._high)
+        if (reference != command.q_ref).any() and command.stiffness.any():
+            self.counts["position"] += 1
+            command = replace(command, q_ref=reference)
+        q, v = state.q[self._pick], state.v[self._pick]
+        wanted = command.at(q, v) + state.gravity
+        total = self._within(q, v, wanted, state)
+        self._last, self._last_stamp = total, state.stamp
+        if total is not wanted:
+            command = replace(command, torque=command.torque + total - wanted)
+        return command, self.counts.total() > before
+
+    def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState) -> np.ndarray:
+        """Return the total torque within every limit; the same array if nothing was clamped."""
+        total = wanted
+        fast = (np.abs(v) >= self._speed) & ((total - state.gravity) * v > 0)
+        out = ((q <= self._low) & (total < state.gravity)) | ((q >= self._high) & (total > state.gravity))
+        for kind, mask in (("velocity", fast), ("position", out)):
+            if mask.any():
+                self.counts[kind] += 1
+                total = np.where(mask, state.gravity, total)
+        bounded = total.clip(-self._effort, self._effort)
+        if (bounded != total).any():
+            self.counts["torque"] += 1
+            total = bounded
+        last = state.tau if self._last is None else self._last
+        step = self._rate * max(state.stamp - self._last_stamp, 1e-4)
+        limited = total.clip(last - step, last + step)
+        if (limited != total).any():
+            self.counts["torque rate"] += 1
+            total = limited
+        return total
