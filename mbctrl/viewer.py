@@ -237,8 +237,9 @@ def _stage(server: Any, model: mujoco.MjModel, extent: float) -> None:
     server.gui.configure_theme(dark_mode=True, show_logo=False, show_share_button=False, brand_color=(60, 130, 220))
     server.scene.configure_default_lights(enabled=False)
     server.scene.add_light_hemisphere("/lights/sky", sky_color=(255, 255, 255), ground_color=(90, 95, 110), intensity=1.15)
-    server.scene.add_light_directional("/lights/key", intensity=1.9, cast_shadow=True, position=(1.5 * extent, -extent, 2.5 * extent))
-    server.scene.add_light_directional("/lights/fill", color=(190, 210, 255), intensity=0.6, position=(-extent, 1.5 * extent, extent))
+    key, fill = (1.5 * extent, -extent, 2.5 * extent), (-extent, 1.5 * extent, extent)
+    server.scene.add_light_directional("/lights/key", intensity=1.9, cast_shadow=True, position=key)
+    server.scene.add_light_directional("/lights/fill", color=(190, 210, 255), intensity=0.6, position=fill)
     cell = 0.1 if extent > 0.6 else 0.02
     floor = _floor_height(model)
     server.scene.add_grid(
@@ -305,11 +306,11 @@ def capsule_mesh(radius: float, half: float, around: int = 24, rings: int = 7) -
     turn = np.linspace(0, 2 * np.pi, around, endpoint=False)
     height = radius * np.cos(polar) + np.repeat([half, -half], rings)
     ring = radius * np.sin(polar)
-    vertices = np.stack([np.outer(ring, np.cos(turn)), np.outer(ring, np.sin(turn)), np.repeat(height[:, None], around, 1)], axis=-1)
+    x, y, z = np.outer(ring, np.cos(turn)), np.outer(ring, np.sin(turn)), np.repeat(height[:, None], around, axis=1)
     start = (np.arange(len(polar) - 1)[:, None] * around + np.arange(around)).ravel()
     side = (np.arange(len(polar) - 1)[:, None] * around + (np.arange(around) + 1) % around).ravel()
     faces = np.concatenate([np.stack([start, start + around, side], 1), np.stack([side, start + around, side + around], 1)])
-    return vertices.reshape(-1, 3), faces
+    return np.stack([x, y, z], axis=-1).reshape(-1, 3), faces
 
 
 def model_mesh(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarray]:

@@ -51,9 +51,11 @@ def make_log(samples: int = 101, extras: bool = True) -> Log:
     columns: dict[tuple[str, str], np.ndarray] = {("t", "s"): 5.0 + t}
     for group, units in UNITS.items():
         for index, (joint, unit) in enumerate(zip(JOINTS, units)):
-            columns[f"{group}.{joint}", unit] = (0.1 if unit[0] == "m" else 1.0) * np.sin(3 * t + index) * (30 if group == "tau" else 1)
+            scale = (0.1 if unit[0] == "m" else 1.0) * (30 if group == "tau" else 1)
+            columns[f"{group}.{joint}", unit] = scale * np.sin(3 * t + index)
     if extras:
-        tool, target = np.stack([0.3 * np.cos(t), 0.1 * np.sin(t), 0.5 + 0.1 * t]), np.stack([0 * t + 0.3, 0 * t, 0.4 + 0.2 * (t > 0.5)])
+        tool = np.stack([0.3 * np.cos(t), 0.1 * np.sin(t), 0.5 + 0.1 * t])
+        target = np.stack([0 * t + 0.3, 0 * t, 0.4 + 0.2 * (t > 0.5)])
         columns |= {(f"tcp.{axis}", "m"): row for axis, row in zip("xyz", tool)}
         columns |= {(f"target.{axis}", "m"): row for axis, row in zip("xyz", target)}
         columns |= {(f"target.q{axis}", "1"): 0 * t + (axis == "w") for axis in "wxyz"}
@@ -67,7 +69,8 @@ def make_log(samples: int = 101, extras: bool = True) -> Log:
 
 def make_plans(number: int) -> Log:
     latency = 0.020 + 0.001 * (np.arange(number) % 7)
-    return Log({}, {"stamp": "s", "latency": "s", "late": "1"}, np.stack([np.arange(number) / 40, latency, latency > 0.0255], axis=1))
+    columns = np.arange(number) / 40, latency, latency > 0.0255
+    return Log({}, {"stamp": "s", "latency": "s", "late": "1"}, np.stack(columns, axis=1))
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -102,11 +105,12 @@ def test_plot_names_units_limits_and_statistics(monkeypatch: pytest.MonkeyPatch,
 
     texts: list[str] = []
     draw = FigureCanvasAgg.print_png
-    monkeypatch.setattr(
-        FigureCanvasAgg,
-        "print_png",
-        lambda self, *args, **kwargs: (draw(self, *args, **kwargs), texts.extend(text.get_text() for text in self.figure.findobj(Text)))[0],
-    )
+
+    def spy(canvas: FigureCanvasAgg, file: object) -> None:
+        draw(canvas, file)
+        texts.extend(text.get_text() for text in canvas.figure.findobj(Text))
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", spy)
     plot_run(make_log(), make_plans(200), make_robot(), tmp_path / "run.png", "arm · poses")
     for expected in ("arm · poses", "position [rad, m]", "velocity [rad/s, m/s]", "torque [N·m, N]", "limit of elbow, slide"):
         assert expected in texts

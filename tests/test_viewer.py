@@ -96,7 +96,8 @@ def test_update_moves_arm_target_obstacles_and_fan(viewer: Viewer) -> None:
     model = mujoco.MjModel.from_xml_string(ARM)
     fore = model.body("fore").id
     assert node(viewer, "/target").visible is False
-    viewer.update(0.0, np.zeros(2), TARGET, [(BALL, np.array(BALL.position)), (CRATE, np.array(CRATE.position))], make_fan(), "ready")
+    obstacles = [(item, np.array(item.position)) for item in (BALL, CRATE)]
+    viewer.update(0.0, np.zeros(2), TARGET, obstacles, make_fan(), "ready")
     np.testing.assert_allclose(node(viewer, f"/robot/{fore}").position, (0, 0, 0.3), atol=1e-9)
     assert node(viewer, "/target").visible is True
     np.testing.assert_allclose(node(viewer, "/target").position, TARGET[0])
@@ -182,7 +183,7 @@ def test_looks_right_in_a_browser(viewer: Viewer, tmp_path: Path) -> None:
         pytest.skip("no Chromium to look with")
     viewer.update(0.0, np.array([0.3, 0.2]), TARGET, [(BALL, np.array(BALL.position))], make_fan(), "ready")
     switches = "headless no-sandbox disable-gpu enable-unsafe-swiftshader use-angle=swiftshader disable-quic no-first-run"
-    switches += " disable-background-networking disable-component-update disable-sync remote-debugging-port=0"
+    switches += " disable-background-networking disable-component-update disable-sync remote-debugging-port=0 window-size=400,300"
     command = [browser, *(f"--{switch}" for switch in switches.split()), f"--user-data-dir={tmp_path / 'profile'}", viewer.url]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -21,7 +21,8 @@ class PlannerSpec(Spec):
     """The sampling planner.
 
     ``sigma`` is the initial spread of the command, one value or one an actuated joint: [rad] for impedance references,
-    [N·m] for torques. ``beta`` colours ``noise: coloured``.
+    [N·m] for torques. ``ramp`` is the first knot's share of it, growing to all of it at the last: the near future is
+    nearly decided. ``beta`` colours ``noise: coloured``.
     """
 
     samples: Count = 512
@@ -32,6 +33,7 @@ class PlannerSpec(Spec):
     noise: Literal["white", "coloured", "halton", "sobol"] = "white"
     beta: NonNegative = 2.0
     sigma: Positive | tuple[Positive, ...] = 0.1
+    ramp: Annotated[Number, Field(gt=0, le=1)] = 1.0
     growth: Annotated[Number, Field(ge=1)] | None = None  # of a learnt spread, a plan; null: back to sigma at once
     discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
 

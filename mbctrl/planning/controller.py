@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from mbctrl.base.config import RunConfig
+from mbctrl.base.config import PlannerSpec, RunConfig
 from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
@@ -64,7 +64,7 @@ class MpcController:
             build_rule(config, file),
             self.knots,
             Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like),
-            sigma=torch.as_tensor(_sigma(spec.sigma, robot.nu, file), **like),
+            sigma=torch.as_tensor(_sigma(spec, robot.nu, file), **like),
             lower=torch.as_tensor(low, **like),
             upper=torch.as_tensor(high, **like),
             iterations=spec.iterations,
@@ -212,11 +212,11 @@ def build_rule(config: RunConfig, file: str | Path | None = None) -> Rule:
         raise SpecError(f"{fault['msg']}, found {fault['input']!r}", file=file, key=key) from None
 
 
-def _sigma(sigma: float | tuple[float, ...], nu: int, file: str | Path | None) -> np.ndarray:
-    values = np.atleast_1d(np.asarray(sigma, float))
+def _sigma(spec: PlannerSpec, nu: int, file: str | Path | None) -> np.ndarray:
+    values = np.atleast_1d(np.asarray(spec.sigma, float))
     if len(values) not in (1, nu):
         raise SpecError(f"expected 1 or {nu} values, found {len(values)}", file=file, key="planner.sigma")
-    return np.broadcast_to(values, (nu,)).copy()
+    return np.linspace(spec.ramp, 1.0, spec.knots)[:, None] * np.broadcast_to(values, (nu,))
 
 
 def _analytic(config: RunConfig, model: Model) -> RigidBodyDynamics:

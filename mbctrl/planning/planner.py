@@ -45,7 +45,7 @@ class Planner:
         rule: the update rule.
         knots: the action parametrisation.
         noise: draws (K, nu, N) standard normals.
-        sigma: (nu,) initial spread in units of the command.
+        sigma: (nu,) or (K, nu) initial spread in units of the command.
         lower, upper: (nu,) command bounds; knots are clipped to them (cubic curves between may overshoot and are
             clipped again).
         iterations: updates a plan.

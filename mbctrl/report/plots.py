@@ -114,7 +114,8 @@ def _draw_joints(figure: Figure | SubFigure, log: Log, robot: Robot) -> None:
     if "gate.clamped" in log and (clamped := log["gate.clamped"] > 0).any():
         axes = stack[-1]
         axes.plot(t[clamped], np.zeros(clamped.sum()), "|", color=ALARM, ms=7, transform=axes.get_xaxis_transform(), clip_on=False)
-        axes.set_title(f"safety gate clamped {clamped.sum()} of {len(t)} samples", loc="right", color=ALARM, fontsize=8, fontweight="normal")
+        text = f"safety gate clamped {clamped.sum()} of {len(t)} samples"
+        axes.set_title(text, loc="right", color=ALARM, fontsize=8, fontweight="normal")
 
 
 def _units(log: Log, column: str, joints: Sequence[str]) -> list[str]:
@@ -227,7 +228,10 @@ def _draw_target(axes: Axes, target: np.ndarray, i: int, j: int) -> None:
 
 def _draw_error(axes: Axes, log: Log) -> None:
     t, used = _time(log), False
-    shown = (("error.position", 1e3, "position error [mm]", COLOURS[0]), ("error.rotation", 180 / np.pi, "rotation error [deg]", COLOURS[3]))
+    shown = (
+        ("error.position", 1e3, "position error [mm]", COLOURS[0]),
+        ("error.rotation", 180 / np.pi, "rotation error [deg]", COLOURS[3]),
+    )
     for column, scale, label, colour in shown:
         if not _finite(log, column):
             continue
@@ -281,7 +285,8 @@ def _draw_latency(axes: Axes, plans: Log) -> None:
     axes.axvline(p99, color=ALARM, lw=1.3, ls=(0, (5, 3)), label=f"p99  {p99:.1f} ms")
     axes.plot([], [], " ", label=f"max  {latency.max():.1f} ms")
     late = int((plans["late"] > 0).sum()) if "late" in plans else 0
-    axes.set(title=f"planning latency, {len(latency)} plans" + (f", {late} late" if late else ""), xlabel="latency [ms]", ylabel="plans [1]")
+    title = f"planning latency, {len(latency)} plans" + (f", {late} late" if late else "")
+    axes.set(title=title, xlabel="latency [ms]", ylabel="plans [1]")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="best")

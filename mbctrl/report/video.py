@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,38 +39,38 @@ def render_video(
     height: int = 540,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Render a run in real time and save it as an MP4 (H.264).
+    """Render a run in real time as an MP4 (H.264).
 
     Args:
-        model: the robot; a camera named ``main`` is used if there is one.
+        model: the robot; its camera ``main`` is used if it has one.
         log: the run log with ``t`` [s] and ``q.JOINT`` [rad or m], and ``tcp`` and ``target`` where known.
         path: the file to write; it appears only when it is complete.
         joints: the joints' names in the model, as in the log.
-        obstacles: what to draw in translucent red, moving as planned.
-        goal: shows all the poses, or the curve, in pale; may be None.
-        fps: frames a second.
-        width: of the picture [px], even.
-        height: of the picture [px], even.
+        obstacles, goal: drawn in red, moving as planned; all the poses, or the curve, in pale (None: nothing).
+        fps, width, height: frames a second and their size [px], even.
         progress: called with (frames done, frames in all).
 
     Errors:
-        ExtraError: when OpenGL or PyAV is missing; it says what to install.
-        LogError: for a log without samples or without these joints.
+        ExtraError, LogError: without OpenGL or PyAV; for a log without samples or these joints.
     """
     av = _import_av()
     clip = _Clip(model, log, joints, fps)
-    scene = _Drawing(clip.model, clip, obstacles, goal)
+    drawing = _Drawing(clip, obstacles, goal)
     with Canvas(clip.model, width, height) as canvas, replacing(path) as temporary:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as file:
             stream = _stream(av, file, fps, canvas.width, canvas.height)
-            for index in range(clip.frames):
-                clip.pose(index)
-                pixels = canvas.render(clip.data, scene.camera, lambda view: scene.draw(view, index), f"{clip.times[index]:5.1f} s")
+            for done, pixels in enumerate(_pictures(canvas, clip, drawing), 1):
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-                if progress is not None:
-                    progress(index + 1, clip.frames)
+                if progress:
+                    progress(done, clip.frames)
             file.mux(stream.encode(None))
-    logger.info("wrote %s: %d frames", path, clip.frames)
+    logger.info("wrote %s, %d frames", path, clip.frames)
+
+
+def _pictures(canvas: Canvas, clip: _Clip, drawing: _Drawing) -> Iterator[np.ndarray]:
+    for index in range(clip.frames):
+        clip.pose(index)
+        yield canvas.render(clip.data, drawing.camera, lambda scene: drawing.draw(scene, index), f"{clip.times[index]:5.1f} s")
 
 
 def _import_av() -> Any:
@@ -128,7 +128,8 @@ def _address(model: mujoco.MjModel, joint: str) -> int:
 class _Drawing:
     """What is drawn over the model, and where from."""
 
-    def __init__(self, model: mujoco.MjModel, clip: _Clip, obstacles: tuple[Obstacle, ...], goal: AnyGoal) -> None:
+    def __init__(self, clip: _Clip, obstacles: tuple[Obstacle, ...], goal: AnyGoal) -> None:
+        model = clip.model
         self.clip, self.obstacles = clip, [item for item in obstacles if item.shape != "plane"]
         self.pale = _pale_targets(goal)
         self.size = 0.045 * float(np.clip(model.stat.extent, 0.2, 2.0))  # [m], of the marks, to suit the arm
@@ -164,8 +165,8 @@ class _Drawing:
         last = self.clip.tool[index]
         for step in range(index - 1, first - 1, -1):  # from new to old, so that a full scene loses the oldest
             point = self.clip.tool[step]
-            # Steps shorter than the line is wide are joined: a tool at rest would pile up hundreds of them.
-            if np.isfinite(point).all() and np.isfinite(last).all() and np.linalg.norm(point - last) > 0.08 * self.size:
+            # Short steps are joined: each costs time, and a tool at rest would pile up hundreds of them.
+            if np.isfinite(point).all() and np.isfinite(last).all() and np.linalg.norm(point - last) > 0.25 * self.size:
                 fade = 1 - (index - step) / (TRACE * self.clip.fps)
                 add_segment(scene, last, point, 0.07 * self.size, (*TOOL, max(0.85 * fade, 0.02)))
                 last = point
@@ -180,7 +181,7 @@ def _pale_targets(goal: AnyGoal) -> list[np.ndarray]:
     if isinstance(goal, PoseGoal):
         return [np.array([target.position]) for target in goal.targets] if len(goal.targets) > 1 else []
     if isinstance(goal, FigureEightGoal):
-        return [goal.sample(0, np.linspace(0, goal.lap, 97))[0]]
+        return [goal.sample(0, np.linspace(0, goal.lap, 61))[0]]
     return []
 
 
@@ -207,12 +208,15 @@ def _camera(model: mujoco.MjModel, clip: _Clip, obstacles: list[Obstacle]) -> mu
     return camera
 
 
-def add_geom(scene: mujoco.MjvScene, kind: int, size: list[float], position: np.ndarray, rotation: np.ndarray, rgba: tuple[float, ...]) -> None:
+def add_geom(
+    scene: mujoco.MjvScene, kind: int, size: list[float], position: np.ndarray, rotation: np.ndarray, rgba: tuple[float, ...]
+) -> None:
     """Add a decoration to a scene, unless it is full: ``size`` (3,) [m], ``position`` (3,) [m], ``rotation`` (3, 3)."""
     if scene.ngeom >= scene.maxgeom:
         return
     geom = scene.geoms[scene.ngeom]
-    mujoco.mjv_initGeom(geom, kind, np.asarray(size, float), np.asarray(position, float), rotation.reshape(9), np.asarray(rgba, np.float32))
+    size, position, rgba = np.asarray(size, float), np.asarray(position, float), np.asarray(rgba, np.float32)
+    mujoco.mjv_initGeom(geom, kind, size, position, rotation.reshape(9), rgba)
     geom.category, geom.specular = mujoco.mjtCatBit.mjCAT_DECOR, 0.1
     scene.ngeom += 1
 
