@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import yaml
 
 from mbctrl.base.errors import MbctrlError
-from mbctrl.base.spec import parse_yaml
+from mbctrl.base.spec import dump_yaml, parse_yaml
 
 
 class LogError(MbctrlError):
@@ -36,8 +35,7 @@ class LogWriter:
         self.columns = list(columns)
         self._rows: list[Sequence[float]] = []
         self._file: TextIO = open(path, "w", encoding="utf-8")
-        text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-        self._file.write("".join(f"# {line}\n" for line in text.splitlines()))
+        self._file.write("".join(f"# {line}\n" for line in dump_yaml(header).splitlines()))
         self._file.write(",".join(f"{name} [{unit}]" for name, unit in self.columns) + "\n")
 
     def add(self, row: Sequence[float]) -> None:
@@ -82,21 +80,23 @@ class Log:
 
 
 def read_log(path: str | Path) -> Log:
-    """Read a log; a cut last line is left out.
+    """Read a log; a last line without its end is taken as cut and left out.
 
     Errors:
         LogError: for a file that is missing or no such log, naming the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LogError(f"cannot be read: {error}", file=path) from None
+    lines = text.splitlines()
     head = next((i for i, line in enumerate(lines) if not line.startswith("#")), None)
     if head is None:
         raise LogError("no header line", file=path)
     header = parse_yaml("\n".join(line[2:] for line in lines[:head]), path) or {}
     units = dict(_column(cell, path) for cell in lines[head].split(","))
-    return Log(header, units, np.array(list(_rows(lines, head + 1, len(units), path))).reshape(-1, len(units)))
+    rows = lines if text.endswith("\n") else lines[:-1]  # half a number still reads as a number
+    return Log(header, units, np.array(list(_rows(rows, head + 1, len(units), path))).reshape(-1, len(units)))
 
 
 def _column(cell: str, path: str | Path) -> tuple[str, str]:
@@ -114,5 +114,5 @@ def _rows(lines: Sequence[str], start: int, width: int, path: str | Path) -> Ite
             row = []
         if len(row) == width:
             yield row
-        elif number < len(lines):
+        else:
             raise LogError(f"expected {width} numbers, found '{line[:40]}'", file=path, key=f"line {number}")

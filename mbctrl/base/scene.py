@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mbctrl.base.poses import rotation_from_rpy
 from mbctrl.base.robot import Positive, Vector
@@ -53,6 +53,12 @@ class FigureEightGoal(Spec):
     axes: tuple[Point, Point] = ((0, 1, 0), (0, 0, 1))  # e1, e2: orthonormal
     speed: Positive  # [m/s]
     rpy: Point | None = None  # [rad]
+
+    @model_validator(mode="after")
+    def _orthonormal(self) -> FigureEightGoal:
+        if not np.allclose(np.asarray(self.axes) @ np.transpose(self.axes), np.eye(2), atol=1e-6):
+            raise ValueError(f"axes: expected two orthonormal vectors, found {self.axes}")
+        return self
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
@@ -110,6 +116,15 @@ class Obstacle(Spec):
     to: Point | None = None  # [m]
     period: Positive = 4.0  # [s], there and back
     delay: Number = 0.0  # [s]
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Obstacle:
+        number = {"sphere": 1, "box": 3, "plane": 0}[self.shape]
+        if len(self.size) != number:
+            raise ValueError(f"size: expected {number} values for a {self.shape}, found {len(self.size)}")
+        if abs(np.linalg.norm(self.normal) - 1) > 1e-6:
+            raise ValueError(f"normal: expected a unit vector, found {self.normal}")
+        return self
 
     def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Return position [m] and velocity [m/s], each (3,), at time ``t`` [s]."""

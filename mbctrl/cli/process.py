@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mbctrl.base.config import RunConfig
@@ -19,7 +20,6 @@ class ProcessPort(PlannerPort):
 
     Args:
         config: the resolved run the planner is built from.
-        robot: what to load the robot by.
         file: the scenario's file, for errors.
     """
 
@@ -27,7 +27,7 @@ class ProcessPort(PlannerPort):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, config, file), daemon=True)
-        self._process.start()
+        quiet_start(self._process)
         theirs.close()
         self._busy = False
 
@@ -75,9 +75,17 @@ class ProcessPort(PlannerPort):
         return answer
 
 
+def quiet_start(process: BaseProcess) -> None:
+    """Start a process that ignores Ctrl-C from its first instruction on: that is the control side's to handle."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:
     """Run the planner process: build, warm up, then one plan a request until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the control side's to handle
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))  # one core stays with the control loop
     try:
         from mbctrl.cli.session import build_controller

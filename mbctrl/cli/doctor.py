@@ -1,0 +1,75 @@
+"""``mbctrl doctor``: what this machine has and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+from mbctrl import __version__
+from mbctrl.base.errors import MbctrlError
+from mbctrl.base.find import names, roots
+
+console = Console()
+_PACKAGES = {
+    "numpy": "core",
+    "pydantic": "core",
+    "torch": "sim",
+    "mujoco": "sim",
+    "dm-control": "sim",
+    "pin": "sim",
+    "scipy": "sim",
+    "matplotlib": "sim",
+    "av": "sim",
+    "viser": "viewer",
+}
+
+
+def doctor() -> int:
+    """Print versions, cores, rendering and search path; return 0 whatever it finds."""
+    table = Table(title=f"mbctrl {__version__}, Python {platform.python_version()}, {platform.machine()}", show_header=False, title_justify="left")
+    for package, extra in _PACKAGES.items():
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, f'[yellow]missing:[/] pip install "mbctrl\\[{extra}]"' if extra != "core" else "[red]missing[/]")
+    table.add_section()
+    table.add_row("cores", str(os.cpu_count()))
+    table.add_row("accelerator", _accelerator())
+    table.add_row("off-screen rendering", _rendering())
+    table.add_row("real-time priority", _priority())
+    table.add_section()
+    table.add_row("search path", "\n".join(str(root) for root in roots()))
+    table.add_row("found", ", ".join(f"{len(names(folder))} {folder}" for folder in ("robots", "controllers", "launch")))
+    console.print(table)
+    return 0
+
+
+def _accelerator() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "unknown without torch"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees: planning runs on the CPU"
+
+
+def _rendering() -> str:
+    try:
+        from mbctrl.report.offscreen import choose_backend
+
+        return choose_backend()
+    except ImportError:
+        return "unknown without mujoco"
+    except MbctrlError as error:
+        return f"[yellow]none:[/] {error}"
+
+
+def _priority() -> str:
+    try:
+        limit = os.sched_get_priority_max(os.SCHED_FIFO) if os.geteuid() == 0 else 0
+    except AttributeError:
+        limit = 0
+    return "permitted" if limit else "not permitted: expect late control periods under load"

@@ -1,0 +1,132 @@
+"""``mbctrl list``, ``show`` and ``check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from mbctrl.base.config import load_controller, load_run
+from mbctrl.base.errors import MbctrlError, SpecError, suggest
+from mbctrl.base.extras import need
+from mbctrl.base.find import names
+from mbctrl.base.robot import Robot, load_robot
+from mbctrl.base.spec import load_yaml
+
+console = Console()
+_MODELS = (".xml", ".mjcf", ".urdf")
+
+
+def list_all() -> int:
+    """Print every robot, controller and scenario that is found, with its file's first comment or description."""
+    for folder in ("robots", "controllers", "launch"):
+        table = Table(title=folder, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, path in names(folder).items():
+            table.add_row(f"[bold]{name}[/]", _about(path, folder))
+        console.print(table)
+    return 0
+
+
+def _about(path: Path, folder: str) -> str:
+    if folder == "robots":
+        return str(load_yaml(path).get("description", ""))
+    first = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()), "")
+    return first.lstrip("# ") if first.startswith("#") else first
+
+
+def kind_of(name: str) -> str:
+    """Return the folder ``name`` belongs to, or ``models`` for a bare MJCF, URDF or dm_control model.
+
+    Errors:
+        SpecError: listing what exists.
+    """
+    if name.startswith("dm_control:") or Path(name).suffix in _MODELS:
+        return "models"
+    folders = [folder for folder in ("robots", "controllers", "launch") if name in names(folder)]
+    if folders:
+        return folders[0]
+    if Path(name).suffix not in (".yaml", ".yml"):
+        known = [entry for folder in ("robots", "controllers", "launch") for entry in names(folder)]
+        raise SpecError(f"unknown name '{name}'{suggest(name, known)}")
+    keys = load_yaml(_existing(name)).keys()
+    return "robots" if "joints" in keys else "launch" if "robot" in keys else "controllers"
+
+
+def _existing(name: str) -> Path:
+    from mbctrl.base.find import find
+
+    return find("launch", name)
+
+
+def show(name: str) -> int:
+    """Print a robot's joints and limits, or a controller or scenario as it resolves."""
+    kind = kind_of(name)
+    if kind == "robots":
+        _show_robot(load_robot(name))
+    elif kind == "models":
+        need("mujoco", "sim", "reading a model")
+        from mbctrl.dynamics.load import load_model
+
+        _show_robot(load_model(name).robot)
+    else:
+        config = load_controller(name) if kind == "controllers" else load_run(name)[0]
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+        console.print(Syntax(text, "yaml", background_color="default"))
+    return 0
+
+
+def _show_robot(robot: Robot) -> None:
+    limits, control = robot.limits, robot.control
+    console.print(f"[bold]{robot.name}[/]: {robot.description}")
+    console.print(f"model {robot.model}, tool {robot.tool}, {control.mode} mode at {control.rate:g} Hz", highlight=False)
+    table = Table()
+    for column in ("joint", "position [rad]", "velocity [rad/s]", "effort [N·m]", "stiffness", "damping", "home [rad]"):
+        table.add_column(column, justify="left" if column == "joint" else "right")
+    for i, joint in enumerate(robot.joints):
+        a = robot.driven.index(joint) if joint in robot.driven else None
+        driven = ["–"] * 3 if a is None else [f"{limits.effort[a]:g}", f"{control.stiffness[a]:g}", f"{control.damping[a]:g}"]
+        span = f"{limits.position_lower[i]:.3f} … {limits.position_upper[i]:.3f}"
+        table.add_row(joint, span, f"{limits.velocity[i]:g}", *driven, f"{robot.home[i]:.3f}")
+    console.print(table)
+
+
+def check(chosen: tuple[str, ...]) -> int:
+    """Load every file, or those chosen; robots pass the self-check, scenarios plan a step. Return 2 if any fails."""
+    need("torch", "sim", "checking")
+    entries = chosen or tuple(f"{folder}/{name}" for folder in ("robots", "controllers", "launch") for name in names(folder))
+    failed = 0
+    for entry in entries:
+        folder, _, name = entry.partition("/")
+        try:
+            kind = folder if not chosen else kind_of(entry)
+            console.print(f"[green]ok[/]    {entry}: {_check(kind, name if not chosen else entry)}", highlight=False, soft_wrap=True)
+        except MbctrlError as error:
+            failed += 1
+            console.print(f"[red]error[/] {entry}: {str(error).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
+    return 2 if failed else 0
+
+
+def _check(kind: str, name: str) -> str:
+    from mbctrl.dynamics.load import load_model
+
+    if kind in ("robots", "models"):
+        model = load_model(name)
+        return f"{model.tree.n} joints, {model.tree.mass.sum():.2f} kg moving, MuJoCo and Pinocchio agree to {model.error:.1e}"
+    if kind == "controllers":
+        controller = load_controller(name)
+        return f"{controller.rule.rpartition(':')[2]}, {controller.planner.samples} samples, terms {', '.join(controller.task)}"
+    from mbctrl.base.plan import PlanRequest
+    from mbctrl.cli.session import build_controller, check_goal, load_run_model
+
+    config, file = load_run(name)
+    model = load_run_model(config, file)
+    check_goal(config, model, file)
+    still = tuple((np.asarray(obstacle.position, float), np.zeros(3)) for obstacle in config.obstacles)
+    target = (np.zeros(3), None) if config.goal.kind == "backend" else None
+    x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
+    plan = build_controller(config, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
+    return f"{config.robot}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"

@@ -1,0 +1,168 @@
+"""``mbctrl``: one verb a job. Heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, subcommand
+
+from mbctrl.base.errors import MbctrlError, SpecError
+
+_console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a scenario and write a run folder (config, log, plots, video).
+
+    Any setting of the scenario can be given after its name; list them with: mbctrl run SCENARIO --help
+
+    Examples:
+        mbctrl run launch/panda_reach_sim.yaml
+        mbctrl run panda_track_sim --planner.samples 1024 --loop.rate 50
+        mbctrl run panda_avoid_sim --viewer
+        mbctrl run arm2_swingup_sim --lockstep --seed 3
+    """
+
+    scenario: Positional[str]
+    """A scenario by name (mbctrl list) or path."""
+    lockstep: bool = False
+    """Deterministic: simulated time waits for the planner, whose latency is loop.latency."""
+    viewer: bool = False
+    """Show the run live in a browser on 127.0.0.1."""
+    viewer_port: int = 8080
+    """Port of the viewer."""
+    out: Path | None = None
+    """Run folder; by default runs/SCENARIO-DATE-TIME."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List the robots, controllers and scenarios that are found.
+
+    Example:
+        mbctrl list
+    """
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show a robot, controller or scenario, resolved.
+
+    Examples:
+        mbctrl show panda
+        mbctrl show panda_reach_sim
+    """
+
+    name: Positional[str]
+    """A name (mbctrl list), or a path to a YAML, MJCF or URDF file."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Load files, compare MuJoCo and Pinocchio, and plan one step; without names: every file that is found.
+
+    Examples:
+        mbctrl check
+        mbctrl check panda my_arm.urdf my_scenario.yaml
+    """
+
+    names: Positional[tuple[str, ...]] = ()
+    """Robots, controllers, scenarios, or paths."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Run a benchmark of the checkout's benchmarks/ folder and print its table.
+
+    Examples:
+        mbctrl bench mainjob --quick
+        mbctrl bench dynamics --json
+    """
+
+    name: Positional[str]
+    """The benchmark's name."""
+    quick: bool = False
+    """Fewer repetitions and seeds; says so."""
+    json: bool = False
+    """Print one JSON list of rows and nothing else on standard output."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine has and what is missing: packages, rendering, codecs, cores.
+
+    Example:
+        mbctrl doctor
+    """
+
+
+Verb = (
+    Annotated[Run, subcommand("run", prefix_name=False)]
+    | Annotated[List, subcommand("list", prefix_name=False)]
+    | Annotated[Show, subcommand("show", prefix_name=False)]
+    | Annotated[Check, subcommand("check", prefix_name=False)]
+    | Annotated[Bench, subcommand("bench", prefix_name=False)]
+    | Annotated[Doctor, subcommand("doctor", prefix_name=False)]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        if arguments in (["--version"], ["-V"]):
+            from mbctrl import __version__
+
+            print(f"mbctrl {__version__}")
+            return 0
+        return _dispatch(arguments)
+    except MbctrlError as error:
+        _console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _console.print("interrupted")
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["run"] and {"-h", "--help"} & set(arguments) and len(arguments) > 2 and not arguments[1].startswith("-"):
+        from mbctrl.cli.run import show_options
+
+        return show_options(arguments[1])
+    about = "Model-based control of robot arms: run a sampling MPC, calibrate it, deploy it."
+    verb, rest = tyro.cli(Verb, prog="mbctrl", description=about, args=arguments or ["--help"], return_unknown_args=True)
+    if rest and not isinstance(verb, Run):
+        raise SpecError(f"unknown arguments: {' '.join(rest)}", file="command line")
+    if isinstance(verb, Run):
+        from mbctrl.cli.run import run
+
+        return run(verb.scenario, rest, verb.lockstep, verb.viewer_port if verb.viewer else None, verb.out)
+    if isinstance(verb, Bench):
+        from mbctrl.cli.bench import bench
+
+        return bench(verb.name, verb.quick, verb.json)
+    if isinstance(verb, Doctor):
+        from mbctrl.cli.doctor import doctor
+
+        return doctor()
+    from mbctrl.cli import inspect
+
+    if isinstance(verb, List):
+        return inspect.list_all()
+    return inspect.show(verb.name) if isinstance(verb, Show) else inspect.check(verb.names)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

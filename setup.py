@@ -1,0 +1,60 @@
+"""Packaging: one importable package, the declarative folders beside it copied into the wheel as ``mbctrl/share``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+FOLDERS = ("robots", "controllers", "calibration", "launch")
+
+EXTRAS = {
+    # Bounds: what the tests ran with, up to the next major version. dm_control 1.0.50 breaks on mujoco 4.0 (flex_vertedge).
+    "sim": [
+        "av>=14,<19",
+        "dm-control>=1.0.30,<2",
+        "matplotlib>=3.9,<4",
+        "mujoco>=3.17,<4",
+        "pin>=3.4,<5",
+        "scipy>=1.13,<2",
+        "torch>=2.6,<3",
+    ],
+    "viewer": ["trimesh>=4,<6", "viser>=1.1,<2"],
+    "dev": ["pytest>=8,<10", "ruff>=0.8,<1", "websockets>=13,<17"],
+}
+
+
+class BuildWithShare(build_py):
+    """Copies the declarative folders into the built package; cleared first, so that nothing removed lives on."""
+
+    def run(self) -> None:
+        super().run()
+        share = Path(self.build_lib) / "mbctrl" / "share"
+        shutil.rmtree(share, ignore_errors=True)
+        for folder in FOLDERS:
+            for path in (ROOT / folder).rglob("*"):
+                if path.suffix in (".yaml", ".xml", ".urdf"):
+                    target = share / path.relative_to(ROOT)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, target)
+
+
+setup(
+    name="mbctrl",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "mbctrl" / "__init__.py").read_text()).group(1),
+    description="Model-based control of robot arms: run, calibrate and deploy sampling MPC",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "."},
+    packages=find_packages(include=["mbctrl", "mbctrl.*"]),
+    install_requires=["numpy>=1.26,<3", "pydantic>=2.9,<3", "pyyaml>=6,<7", "rich>=13,<16", "tyro>=0.9,<2"],
+    extras_require={**EXTRAS, "all": [need for extra in ("sim", "viewer") for need in EXTRAS[extra]]},
+    entry_points={"console_scripts": ["mbctrl = mbctrl.cli.main:main"]},
+    cmdclass={"build_py": BuildWithShare},
+)
