@@ -34,8 +34,8 @@ def list_all() -> int:
 def _about(path: Path, folder: str) -> str:
     if folder == "robots":
         return str(load_yaml(path).get("description", ""))
-    first = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()), "")
-    return first.lstrip("# ") if first.startswith("#") else first
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
 
 
 def kind_of(name: str) -> str:

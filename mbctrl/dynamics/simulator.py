@@ -38,7 +38,8 @@ class SimulatorDynamics:
         batched: use ``mujoco.batch``; False: ``mujoco.rollout``.
 
     Errors:
-        ModelError: for steps that do not divide, or fields without ``mujoco.batch``.
+        ModelError: for steps that do not divide, fields without ``mujoco.batch``, or gravity compensation of an arm
+            with unactuated joints.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class SimulatorDynamics:
         self._model = copy.copy(mj)
         self._model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION
         if gravity_compensation:
+            if sorted(self.commanded) != list(range(mj.nv)):
+                raise ModelError("gravity compensation needs every joint actuated", key="dynamics.backend")
             self._model.opt.gravity[:] = 0  # the arm's own gravity torque cancels it exactly
         self._gain = np.ones(self.nu)
         if isinstance(actuation, Impedance):
@@ -81,9 +84,10 @@ class SimulatorDynamics:
         """Put the servo into the model's passive joints; its reference then enters as the torque K u."""
         model = self._model
         for k, d, joint in zip(impedance.stiffness, impedance.damping, self.commanded):
+            spring = model.jnt_stiffness[joint]
             model.jnt_stiffness[joint] += k
             model.dof_damping[model.jnt_dofadr[joint]] += d
-            model.qpos_spring[model.jnt_qposadr[joint]] = 0.0
+            model.qpos_spring[model.jnt_qposadr[joint]] *= spring / (spring + k) if spring > 0 else 0.0
 
     def step(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the state (nx, N) one step after ``x`` under commands ``u`` (nu, N)."""
@@ -112,6 +116,8 @@ class SimulatorDynamics:
             batch = self._batches[samples] = Batch(self._model, samples, self.threads)
             for name, values in self._fields.items():
                 batch.expand(name)[:] = values
+            if self._fields:
+                batch.set_const()  # what the compiler derives from them, such as the softness of friction and limits
         batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
         batch.bind("qpos")[:], batch.bind("qvel")[:] = start[:, : self.nq], start[:, self.nq :]
         spec = mujoco.mjtState.mjSTATE_QFRC_APPLIED

@@ -50,8 +50,7 @@ class Summary:
     @property
     def violations(self) -> list[str]:
         """The limits the simulator's log exceeds, worst joint each."""
-        hard = ("position", "velocity", "torque", "torque rate")
-        return [f"{kind} of {joint}: {share:.1%}" for kind, (share, joint) in self.limits.items() if kind in hard and share > 1.0]
+        return [f"{kind} of {joint}: {share:.1%}" for kind, (share, joint) in self.limits.items() if share > 1.0]
 
 
 def summarise(
