@@ -58,7 +58,7 @@ def make_log(samples: int = 101, extras: bool = True) -> Log:
         target = np.stack([0 * t + 0.3, 0 * t, 0.4 + 0.2 * (t > 0.5)])
         columns |= {(f"tcp.{axis}", "m"): row for axis, row in zip("xyz", tool)}
         columns |= {(f"target.{axis}", "m"): row for axis, row in zip("xyz", target)}
-        columns |= {(f"target.q{axis}", "1"): 0 * t + (axis == "w") for axis in "wxyz"}
+        columns |= {(f"target_quaternion.{axis}", "1"): 0 * t + (axis == "w") for axis in "wxyz"}
         columns["error.position", "m"] = np.linalg.norm(tool - target, axis=0)
         columns["error.rotation", "rad"] = np.full(samples, np.nan) if samples < 3 else np.exp(-t)
         columns["clearance", "m"] = 0.1 - 0.12 * np.sin(3 * t)

@@ -170,7 +170,7 @@ def test_what_is_no_finite_number_is_refused(text: str) -> None:
         ({"obstacles": [{"name": "a", "shape": "sphere", "position": [0, 0, 0]}]}, "obstacles[0]: size: expected 1 values for a sphere, found 0"),
         ({"obstacles": [{"name": "a", "shape": "box", "position": [0, 0, 0], "size": [1, 1]}]}, "size: expected 3 values for a box, found 2"),
         ({"obstacles": [{"name": "a", "shape": "plane", "position": [0, 0, 0], "normal": [0, 0, 2]}]}, "normal: expected a unit vector"),
-        ({"backend": {"kind": "dm_control"}}, "backend: kind dm_control needs a task"),
+        ({"backend": {"kind": "gazebo"}}, "backend.kind: "),
         ({"duration": -1}, "duration: "),
         ({"duration": [[[1]]]}, "duration: "),
         ({"seed": -1}, "seed: "),
@@ -228,10 +228,10 @@ def test_a_bad_robot_names_file_and_key(robot_file: Path, old: str, new: str, sa
 
 
 def test_commands_follow_the_actuated_joints(robot_file: Path) -> None:
-    text = robot_file.read_text().replace("joints: [shoulder, elbow]", "joints: [shoulder, elbow]\nactuated: [elbow]")
-    for old, new in (("effort: [7.2, 1.9]", "effort: [1.9]"), ("effort_rate: [200.0, 60.0]", "effort_rate: [60.0]")):
-        text = text.replace(old, new)
-    robot_file.write_text(text.replace("[0.0, 0.0]    # [N·m", "[0.0]    # [N·m"))
+    data = load_yaml(robot_file) | {"actuated": ["elbow"]}
+    data["limits"] |= {"effort": [1.9], "effort_rate": [60.0]}
+    data["control"] |= {"stiffness": [0.0], "damping": [0.0]}
+    robot_file.write_text(dump_yaml(data))
     robot = load_robot(str(robot_file))
     assert (robot.nq, robot.nu, robot.command_index) == (2, 1, [1])
 
@@ -244,7 +244,7 @@ def test_a_bare_model_is_no_robot_file() -> None:
 @pytest.mark.parametrize(
     ("folder", "name", "says"),
     [
-        ("robots", "pandaa", "unknown robot 'pandaa'; did you mean 'panda'? known: arm2, panda, ur10e, ur5e"),
+        ("robots", "pandaa", "unknown robot 'pandaa'; did you mean 'panda'? known: arm2, "),
         ("launch", "zzz", "unknown launch 'zzz'; known: "),
         ("robots", "no/such.yaml", "no/such.yaml: no such file"),
     ],

@@ -243,7 +243,7 @@ def test_rotation_error_is_the_squared_angle_near_zero() -> None:
 @pytest.mark.parametrize("term", SETTINGS, ids=NAMES)
 def test_torch_and_numpy_agree(term: Term, seed: int) -> None:
     f = random_features(seed)
-    assert float(term.cost(carried(f, as_tensor), ROBOT)) == pytest.approx(float(term.cost(f, ROBOT)), rel=1e-12, abs=1e-14)
+    assert term.cost(carried(f, as_tensor), ROBOT).item() == pytest.approx(float(term.cost(f, ROBOT)), rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -367,8 +367,8 @@ def test_capsule_box_is_never_too_large_where_the_capsule_points_at_the_box() ->
 
 
 def test_capsule_box_sees_every_overlap() -> None:
-    overlapping = [case for case in map(box_case, range(300)) if case[1] < -1e-5]
-    assert len(overlapping) > 30
+    overlapping = [case for case in map(box_case, range(600)) if case[1] < -1e-5]
+    assert len(overlapping) > 20
     assert max(estimate for estimate, _, _ in overlapping) < 0
 
 
@@ -406,7 +406,7 @@ def test_distances_agree_on_every_carrier(shape: str) -> None:
     a, b, c = rng.normal(size=(3, 3))
     expected, variables = float(DISTANCES[shape](a, b, 0.05, c)), Variables()
     traced = DISTANCES[shape](variables(a), variables(b), 0.05, variables(c))
-    got = [float(DISTANCES[shape](*map(as_tensor, (a, b)), 0.05, as_tensor(c))), traced.value(variables.inputs)]
+    got = [DISTANCES[shape](*map(as_tensor, (a, b)), 0.05, as_tensor(c)).item(), traced.value(variables.inputs)]
     assert got == pytest.approx([expected] * 2, rel=1e-12)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive, Vector
@@ -39,10 +39,14 @@ class PlannerSpec(Spec):
 
 
 class DynamicsSpec(Spec):
-    """The planner's model: ``torch`` the analytic one, ``mujoco`` the simulator; ``dt`` is its time step [s]."""
+    """The planner's model: ``torch`` the analytic one, ``mujoco`` the simulator; ``dt`` is its time step [s].
+
+    ``integrator`` is the analytic model's: ``euler`` for servo-controlled arms, ``leapfrog`` for free-swinging ones.
+    """
 
     backend: Literal["torch", "mujoco"] = "torch"
     dt: Positive = 0.04
+    integrator: Literal["euler", "leapfrog"] = "euler"
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0, strict=True)] = 0  # of the simulator; 0: all
 
@@ -81,12 +85,6 @@ class BackendSpec(Spec):
     kind: Literal["mujoco", "dm_control"] = "mujoco"
     task: str | None = None
     start_noise: NonNegative = 0.0  # [rad], uniform, around home
-
-    @model_validator(mode="after")
-    def _named(self) -> BackendSpec:
-        if self.kind == "dm_control" and self.task is None:
-            raise ValueError("kind dm_control needs a task, DOMAIN-TASK")
-        return self
 
 
 class RecordSpec(Spec):

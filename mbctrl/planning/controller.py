@@ -228,6 +228,7 @@ def _analytic(config: RunConfig, model: Model) -> RigidBodyDynamics:
         commanded=robot.command_index,
         effort_limit=robot.limits.effort,
         gravity_compensation=robot.control.gravity_compensation,
+        integrator=config.dynamics.integrator,
         device=config.dynamics.device,
     )
 

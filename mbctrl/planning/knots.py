@@ -60,5 +60,14 @@ class Knots:
         return (self.basis @ knots.flatten(1)).view(self.steps, *knots.shape[1:])
 
     def shift(self, elapsed: float) -> Tensor:
-        """Return the (K, K) matrix that moves knots ``elapsed`` seconds on: the same curve seen from a later start."""
-        return torch.as_tensor(self.weights(self.times + elapsed), **self._like)
+        """Return the (K, K) matrix that moves knots ``elapsed`` seconds on: the same curve seen from a later start.
+
+        Zero-order knots take the mean of the curve over the time they hold: its value at their own time would stand
+        still under shifts shorter than that.
+        """
+        if self.interpolation != "zero":
+            return torch.as_tensor(self.weights(self.times + elapsed), **self._like)
+        whole, part = divmod(min(max(elapsed, 0.0) * self.count / self.duration, self.count), 1.0)
+        last = self.count - 1
+        near, far = (np.eye(self.count)[np.minimum(np.arange(self.count) + int(whole) + k, last)] for k in (0, 1))
+        return torch.as_tensor((1 - part) * near + part * far, **self._like)

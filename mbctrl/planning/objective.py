@@ -129,9 +129,10 @@ class RolloutObjective:
         when = self.dynamics.dt * self.discount ** torch.arange(horizon, dtype=states.dtype, device=states.device)
         total = torch.zeros(states.shape[-1], dtype=self.features.kinematics.dtype, device=states.device)
         for name, row in rows.items():
+            row = torch.as_tensor(row, dtype=total.dtype, device=total.device)  # a number where a term has nothing to look at
             weights = when.to(row.dtype)
             if self.task.terms[name].terminal:
                 weights = weights.clone()
                 weights[-1] += self.task.terms[name].terminal * self.discount**horizon
-            total = total + weights @ row.expand(horizon, -1)
+            total = total + weights @ row.expand(horizon, len(total))
         return total

@@ -193,7 +193,7 @@ def _draw_side(figure: SubFigure, rows: list[Panel]) -> None:
 def _draw_path(axes: np.ndarray, log: Log) -> None:
     """Draw the tool's path from above and from the side on which it moves most, with its targets."""
     tool = log["tcp"]
-    target = log["target"][:, :3] if "target.x" in log else np.full_like(tool, np.nan)
+    target = log["target"] if "target.x" in log else np.full_like(tool, np.nan)
     points = np.concatenate([tool, target])
     spread = np.nanmax(points, axis=0) - np.nanmin(points, axis=0)
     side = (1, 2) if spread[1] > spread[0] else (0, 2)

@@ -103,12 +103,13 @@ def limit_use(robot: Robot, log: Log) -> dict[str, tuple[float, str]]:
 
     Rates are differences over one control period, acceleration and jerk of the logged velocity.
     """
-    limits, t = robot.limits, log["t"]
+    limits = robot.limits
+    fresh = np.diff(log["t"], prepend=-np.inf) > 0  # a robot may report the same measurement twice
+    t, q, v, tau = (log[name][fresh] for name in ("t", "q", "v", "tau"))
     if len(t) < 4:
         return {}
     dt = np.diff(t)[:, None]
     low, high = np.asarray(limits.position_lower), np.asarray(limits.position_upper)
-    q, v, tau = log["q"], log["v"], log["tau"]
     middle, half = (low + high) / 2, (high - low) / 2
     acceleration = np.diff(v, axis=0) / dt
     used = {

@@ -47,8 +47,9 @@ class SafetyGate:
 
     def __call__(self, state: RobotState, command: JointCommand) -> tuple[JointCommand, bool]:
         """Return the command to send and whether anything was clamped."""
-        if not (np.isfinite(state.q).all() and np.isfinite(state.v).all()):
-            raise DriverError("the robot reports a non-finite position or velocity", key="state")
+        for name in ("q", "v", "tau", "gravity"):
+            if not np.isfinite(getattr(state, name)).all():
+                raise DriverError("the robot reports a number that is not finite", key=f"state.{name}")
         before = self.counts.total()
         if not command.finite():
             self.counts["non-finite"] += 1
@@ -78,8 +79,11 @@ class SafetyGate:
         if (bounded != total).any():
             self.counts["torque"] += 1
             total = bounded
-        last = state.tau if self._last is None else self._last
-        step = self._rate * max(state.stamp - self._last_stamp, 1e-4)
+        if self._last is None:  # the first command: nothing is known of the time before
+            last, elapsed = state.tau.clip(-self._effort, self._effort), 0.0
+        else:
+            last, elapsed = self._last, state.stamp - self._last_stamp
+        step = self._rate * max(elapsed, 1e-4)
         limited = total.clip(last - step, last + step)
         if (limited != total).any():
             self.counts["torque rate"] += 1

@@ -131,11 +131,11 @@ class ControlLoop:
             while tick * self.period < duration - 1e-9:
                 late = self.clock.wait_until(tick * self.period)
                 self.counts.lateness.append(late)
+                now = int(self.clock.now() / self.period + 1e-3)
                 self.counts.missed += late > self.period
                 if not self._step():
                     break
-                # Missed periods are skipped, not made up for in a burst.
-                tick = max(tick + 1, int(self.clock.now() / self.period + 1e-6) + (late > self.period))
+                tick = max(tick, now) + 1  # missed periods are skipped, not made up for in a burst
         finally:
             self.driver.stop()
 
@@ -168,7 +168,7 @@ class ControlLoop:
             self.counts.plans += 1
             self.counts.late += latency > 1 / self.spec.rate + self.period
             self.counts.latencies.append(latency)
-            if np.isfinite(plan.u).all():
+            if np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all()):
                 self._pending = plan
             else:
                 self.gate.counts["non-finite plan"] += 1

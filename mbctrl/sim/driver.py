@@ -50,7 +50,7 @@ class SimDriver(Driver):
     def read(self) -> RobotState:
         """Advance the physics to the clock's time and measure."""
         target = self._clock.now()
-        while self.data.time < target - 0.5 * self.model.opt.timestep:
+        while self.data.time + self.model.opt.timestep <= target + 1e-6:  # the physics never runs ahead of the clock
             self._step()
         self._seq += 1
         data = self.data

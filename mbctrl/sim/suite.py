@@ -46,7 +46,7 @@ class SuiteDriver(Driver):
 
     def read(self) -> RobotState:
         """Advance the episode to the clock's time and measure."""
-        while self._time < self._clock.now() - 0.5 * self.period:
+        while self._time + self.period <= self._clock.now() + 1e-6:
             control = (self._torque / self._gear).clip(*self._range)
             step = self.environment.step(control)
             self.reward = float(step.reward or 0.0)

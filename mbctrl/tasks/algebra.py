@@ -1,11 +1,13 @@
 """The tiny algebra terms are written in: numpy numbers, torch tensors and traced scalars take the same source.
 
-A value that is not numpy's or a plain number must bring the method of the function's name; numpy object arrays pass
-the call on to their elements by themselves.
+A value that is not numpy's or a plain number must bring ``sqrt``, ``cos``, ``abs`` and ``clip(min=, max=)``; arrays of
+such values (numpy's, of dtype object) are taken element by element.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -13,26 +15,42 @@ import numpy as np
 _PLAIN = (np.ndarray, np.generic, float, int)
 
 
+def _elementwise(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    # numpy's own maximum, clip and abs would compare traced scalars, or ask them for methods of other names.
+    @wraps(function)
+    def lifted(x: Any) -> Any:
+        if isinstance(x, np.ndarray) and x.dtype == object:
+            return np.frompyfunc(function, 1, 1)(x)
+        return function(x)
+
+    return lifted
+
+
+@_elementwise
 def sqrt(x: Any) -> Any:
     """Square root."""
     return np.sqrt(x) if isinstance(x, _PLAIN) else x.sqrt()
 
 
+@_elementwise
 def cos(x: Any) -> Any:
     """Cosine."""
     return np.cos(x) if isinstance(x, _PLAIN) else x.cos()
 
 
+@_elementwise
 def positive(x: Any) -> Any:
     """max(x, 0)."""
     return np.maximum(x, 0.0) if isinstance(x, _PLAIN) else x.clip(min=0.0)
 
 
+@_elementwise
 def clip01(x: Any) -> Any:
     """x bounded to [0, 1]."""
     return np.clip(x, 0.0, 1.0) if isinstance(x, _PLAIN) else x.clip(min=0.0, max=1.0)
 
 
+@_elementwise
 def absolute(x: Any) -> Any:
     """|x|."""
     return np.abs(x) if isinstance(x, _PLAIN) else x.abs()

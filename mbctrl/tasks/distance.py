@@ -33,14 +33,15 @@ def capsule_plane(a: Any, b: Any, radius: Any, point: Any, normal: Any) -> Any:
 def capsule_box(a: Any, b: Any, radius: Any, center: Any, half: Any, points: int = 5) -> Any:
     """Return the distance [m] of a capsule from an axis-aligned box of half lengths ``half``, never too large.
 
-    The capsule is covered by ``points`` spheres, each grown to reach halfway to the next, so the figure is at most
-    ``sqrt(r² + (length / 2 points)²) - r`` too small.
+    The capsule is covered by ``points`` (at least 2) spheres from end to end, each grown to cover halfway to the next,
+    so the figure is at most ``sqrt(r² + (length / (2 (points - 1)))²) - r`` too small. Where the two overlap it is
+    negative, but may say less than the full depth.
     """
     along = _difference(b, a)
-    cover = sqrt(radius * radius + dot(along, along) / (4.0 * points * points))
+    cover = sqrt(radius * radius + dot(along, along) / (4.0 * (points - 1) ** 2))
     nearest = None
     for k in range(points):
-        part = (k + 0.5) / points
+        part = k / (points - 1)
         out = [absolute(a[i] + part * along[i] - center[i]) - half[i] for i in range(3)]
         beyond = [positive(value) for value in out]
         inside = minimum(maximum(maximum(out[0], out[1]), out[2]), 0.0 * out[0])

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from mbctrl.base.spec import Number
+
+# Ranges of settings; checked where they come from a file.
+Share = Annotated[Number, Field(gt=0, lt=1)]
+ShareOrNone = Annotated[Number, Field(ge=0, lt=1)]
+Factor = Annotated[Number, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)

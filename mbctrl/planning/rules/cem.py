@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mbctrl.planning.rules.base import Distribution, Rule, equal_weights, ranked
+from mbctrl.base.config import Count
+from mbctrl.planning.rules.base import Distribution, Factor, Rule, ShareOrNone, equal_weights, ranked
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Cem(Rule):
         floor: least spread, as a share of the initial one; keeps the search alive.
     """
 
-    elites: int = 64
-    smoothing: float = 0.1
-    floor: float = 0.05
+    elites: Count = 64
+    smoothing: ShareOrNone = 0.1
+    floor: Factor = 0.05
 
     def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
         """Return mean and spread of the elites, smoothed with the old ones."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
-from mbctrl.planning.rules.base import Distribution, Rule
+from mbctrl.base.config import Count
+from mbctrl.planning.rules.base import Distribution, Factor, Rule, ShareOrNone, ranked
 from mbctrl.planning.rules.cem import Cem
 
 
@@ -24,13 +26,12 @@ class ICem(Rule):
     """
 
     executes: ClassVar[str] = "best"
-    elites: int = 32
-    smoothing: float = 0.1
-    floor: float = 0.05
-    keep: int = 8
+    elites: Count = 32
+    smoothing: ShareOrNone = 0.1
+    floor: Factor = 0.05
+    keep: Annotated[int, Field(ge=0, strict=True)] = 8
 
     def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
         """Return CEM's update with the cheapest candidates kept."""
         new, weights = Cem(self.elites, self.smoothing, self.floor).update(old, knots, costs)
-        best = costs.topk(min(self.keep, len(costs)), largest=False).indices
-        return replace(new, kept=knots[:, :, best]), weights
+        return replace(new, kept=knots[:, :, ranked(costs, self.keep)]), weights

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mbctrl.planning.rules.base import Distribution, Rule, effective_sample_size
+from mbctrl.base.robot import Positive
+from mbctrl.planning.rules.base import Distribution, Factor, Rule, Share, ShareOrNone, effective_sample_size
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Mppi(Rule):
         floor: least spread, as a share of the initial one.
     """
 
-    temperature: float = 1.0
-    ess: float | None = None
-    adapt: float = 0.0
-    floor: float = 0.1
+    temperature: Positive = 1.0
+    ess: Share | None = None
+    adapt: ShareOrNone = 0.0
+    floor: Factor = 0.1
 
     def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
         """Return the weighted mean (and spread, if adapted)."""
@@ -42,9 +43,11 @@ class Mppi(Rule):
 
     def _with_ess(self, excess: Tensor) -> Tensor:
         """Return the weights at the temperature whose effective sample size is nearest the one asked for."""
-        finite = torch.isfinite(excess)
-        scale = torch.where(finite, excess, torch.zeros_like(excess)).sum() / finite.sum()
+        count = torch.isfinite(excess).sum()
+        # The temperature is of the order of the excess at the rank asked for; a mean would follow one diverged sample.
+        rank = (self.ess * count).long().clamp(max=len(excess) - 1)
+        scale = excess.sort().values[rank]
         ladder = torch.logspace(-4, 2, 49, dtype=excess.dtype, device=excess.device) * scale.clamp(min=1e-12)
         weights = torch.softmax(-excess / ladder[:, None], 1)
         size = effective_sample_size(weights)
-        return weights[(size - self.ess * finite.sum()).abs().argmin()]
+        return weights[(size - self.ess * count).abs().argmin()]
