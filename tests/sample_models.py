@@ -25,9 +25,11 @@ CROWDED = """
     <body name="foot" pos="0.1 0.2 0.3" euler="0.3 0.1 0">
       <geom type="box" size="0.1 0.1 0.1"/>
       <body name="many" pos="0 0.1 0.2" euler="0 0.4 0.2">
-        <joint name="x" type="slide" axis="1 0.2 0" pos="0.3 0.2 0.1" ref="0.2" stiffness="3" springref="0.1" armature="0.2" damping="0.3"/>
+        <joint name="x" type="slide" axis="1 0.2 0" pos="0.3 0.2 0.1" ref="0.2" stiffness="3" springref="0.1" armature="0.2"
+          damping="0.3"/>
         <joint name="y" type="slide" axis="0 1 0" damping="0.1"/>
-        <joint name="turn" axis="0.2 0.1 -1" pos="0.05 -0.1 0.2" ref="-0.7" stiffness="2" springref="-0.3" armature="0.05" damping="0.2"/>
+        <joint name="turn" axis="0.2 0.1 -1" pos="0.05 -0.1 0.2" ref="-0.7" stiffness="2" springref="-0.3" armature="0.05"
+          damping="0.2"/>
         <joint name="tilt" axis="0 1 0" pos="0.02 0.03 -0.04" armature="0.02"/>
         <geom name="lid" type="cylinder" size="0.05 0.2" pos="0.02 0.03 0.1" euler="0.3 0.5 0.1" mass="1.3"/>
         <body name="welded" pos="0.2 0 0.1" euler="0.5 0.2 0.1">
@@ -63,7 +65,8 @@ def random_xml(seed: int, bodies: int = 7) -> str:
         kind = "slide" if rng.random() < 0.3 else "hinge"
         numbers = {key: words(rng.uniform(0, 1, 1)) for key in ("ref", "stiffness", "springref", "armature", "damping")}
         rest = " ".join(f'{key}="{value}"' for key, value in numbers.items())
-        return f'<joint name="{name}" type="{kind}" axis="{words(rng.normal(size=3))}" pos="{words(rng.normal(size=3) / 5)}" {rest}/>'
+        axis, anchor = words(rng.normal(size=3)), words(rng.normal(size=3) / 5)
+        return f'<joint name="{name}" type="{kind}" axis="{axis}" pos="{anchor}" {rest}/>'
 
     def body(i: int) -> str:
         joints = "".join(joint(f"j{i}_{k}") for k in range(rng.integers(1, 4) if i in (0, 1) or rng.random() < 0.7 else 0))
@@ -73,7 +76,8 @@ def random_xml(seed: int, bodies: int = 7) -> str:
         return (
             f'<body name="b{i}" pos="{words(rng.normal(size=3) / 3)}" quat="{words(rng.normal(size=4))}">{joints}'
             f'<inertial pos="{words(rng.normal(size=3) / 5)}" quat="{words(rng.normal(size=4))}" mass="{rng.uniform(0.5, 2):.17g}"'
-            f' diaginertia="{inertia}"/><site name="s{i}" pos="{words(rng.normal(size=3))}" quat="{words(rng.normal(size=4))}"/>{inner}</body>'
+            f' diaginertia="{inertia}"/><site name="s{i}" pos="{words(rng.normal(size=3))}" quat="{words(rng.normal(size=4))}"/>'
+            f"{inner}</body>"
         )
 
     parent = [-1, 0] + [int(rng.integers(-1, i)) for i in range(2, bodies)]

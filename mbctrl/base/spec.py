@@ -171,7 +171,8 @@ def _owner(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | 
         if len(kinds) == 1 and part in kinds[0].model_fields:
             kinds = _models(kinds[0].model_fields[part].annotation)
         else:
-            kinds = [kind for kind in kinds if "kind" in kind.model_fields and part in get_args(kind.model_fields["kind"].annotation)]
+            tagged = [kind for kind in kinds if "kind" in kind.model_fields]
+            kinds = [kind for kind in tagged if part in get_args(kind.model_fields["kind"].annotation)]
     return kinds[0] if len(kinds) == 1 else None
 
 

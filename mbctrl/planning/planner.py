@@ -119,7 +119,8 @@ class Planner:
         belief = state.belief
         seed = (state.seed * 1_000_003 + state.draws) % (2**63)
         drawn = belief.mean[..., None] + belief.spread[..., None] * self.noise.draw(seed)
-        fixed = [belief.kept] if belief.kept.shape[-1] else []
+        kept = belief.kept[..., : drawn.shape[-1] // 2]  # the best come first; at least half of every draw is new
+        fixed = [kept] if kept.shape[-1] else []
         if self.rule.includes_mean:
             fixed.append(belief.mean[..., None])
         count = sum(part.shape[-1] for part in fixed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mbctrl.base.config import LoopSpec
-from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
+from mbctrl.base.plan import Following, Plan, PlanFollower, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.clock import Clock
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState
@@ -166,7 +166,7 @@ class ControlLoop:
             latency = max(t - plan.stamp, 0.0)
             self._recent.append(latency)
             self.counts.plans += 1
-            self.counts.late += latency > 1 / self.spec.rate + self.period
+            self.counts.late += latency > 1 / self.spec.rate + self.period + 1e-9
             self.counts.latencies.append(latency)
             if np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all()):
                 self._pending = plan
@@ -176,6 +176,8 @@ class ControlLoop:
             return None, 0.0
         plan, self._pending = self._pending, None
         self.follower.switch(plan, t)
+        if self._held is not None and self.spec.blend > 0:  # the jump to smooth out is from the hold, not from a plan long gone
+            self.follower.resume(plan, Following(plan.seq, t, self._holding() - plan.command(t)))
         return plan, self._recent[-1]
 
     def _command(self, t: float, state: RobotState) -> tuple[np.ndarray, JointCommand, bool]:
@@ -183,7 +185,7 @@ class ControlLoop:
         if plan is None or t - plan.stamp > self.spec.stale or t > plan.end:
             if self._held is None:  # latched: following the measured position would let the arm creep
                 self._held = self.gate.hold(state)
-            return (self._held.torque if self._torque_mode else self._held.q_ref), self._held, True
+            return self._holding(), self._held, True
         self._held = None
         u, zero, (k, d) = self.follower.command(t), np.zeros(len(self._pick)), self._gains
         if not self._torque_mode:
@@ -193,3 +195,7 @@ class ControlLoop:
             return u, JointCommand(zero, zero, zero, zero, u), False
         q_ref, v_ref = planned[: self._nq][self._pick], planned[self._nq :][self._pick]
         return u, JointCommand(q_ref, v_ref, k, d, u), False
+
+    def _holding(self) -> np.ndarray:
+        """Return the hold as a command (nu,): references or torques."""
+        return self._held.torque if self._torque_mode else self._held.q_ref
