@@ -39,7 +39,10 @@ SPEC: dict[str, dict[str, Any]] = {
         "planner": {**PLANNER, "sigma": 0.2},
         "dynamics": {"dt": 0.04},
         "task": {"reach": {"weight": 10.0}, "velocity": {"weight": 0.5}, "smoothness": {"weight": 0.2, "scale": 0.05}},
-        "goal": {"kind": "poses", "targets": [{"position": [0.5, 0.25, 0.4], "rpy": [3.14159265, 0, 0]}, {"position": [0.4, 0, 0.6]}]},
+        "goal": {
+            "kind": "poses",
+            "targets": [{"position": [0.5, 0.25, 0.4], "rpy": [3.14159265, 0, 0]}, {"position": [0.4, 0, 0.6]}],
+        },
         "duration": 1.0,
     },
 }
@@ -93,10 +96,12 @@ def test_commands_are_finite_and_within_bounds(name: str, interpolation: str, mo
 
 @pytest.mark.parametrize("name", SPEC)
 def test_the_planned_states_follow_from_the_planned_commands(name: str, models: dict[str, Model]) -> None:
-    controller = MpcController(config(name, planner={"interpolation": "linear", "knots": 6}), models[name])  # a knot each second sample
+    on_samples = {"interpolation": "linear", "knots": 6}  # a knot each second sample
+    controller = MpcController(config(name, planner=on_samples), models[name])
     plan = controller.plan(PlanRequest(0.0, moving(models[name])))
     middle = np.stack([plan.command((k + 0.5) * 0.04) for k in range(10)])
-    states = controller.analytic.rollout(torch.tensor(plan.x[0][:, None], dtype=torch.float32), torch.tensor(middle[..., None], dtype=torch.float32))
+    start, commands = (torch.tensor(part[..., None], dtype=torch.float32) for part in (plan.x[0], middle))
+    states = controller.analytic.rollout(start, commands)
     np.testing.assert_allclose(states[..., 0], plan.x, atol=2e-4)
 
 
@@ -142,7 +147,8 @@ def test_obstacles_move_on_along_the_horizon(models: dict[str, Model]) -> None:
 
 def test_avoiding_nothing_costs_nothing(models: dict[str, Model]) -> None:
     plain = MpcController(config("panda"), models["panda"])
-    wary = MpcController(config("panda", task={**SPEC["panda"]["task"], "avoid": {"weight": 9.0, "terminal": 1.0}}), models["panda"])
+    task = {**SPEC["panda"]["task"], "avoid": {"weight": 9.0, "terminal": 1.0}}
+    wary = MpcController(config("panda", task=task), models["panda"])
     request = PlanRequest(0.0, moving(models["panda"]))
     assert wary.plan(request).info["best"] == pytest.approx(plain.plan(request).info["best"])
 
@@ -211,7 +217,8 @@ def test_a_plan_starts_from_the_state_its_latency_ahead(name: str, offset: float
     first = controller.plan(PlanRequest(0.0, moving(model), latency=0.02))
     following = Following(first.seq, 0.09, np.full(model.robot.nu, offset) if offset else None)
     x = moving(model, 1)
-    second = controller.plan(PlanRequest(0.1, x, latency=latency, following=following))
+    request = PlanRequest(0.1, x, latency=latency, following=following)
+    second = controller.plan(request)
     follower = PlanFollower(controller.config.loop.blend)
     follower.resume(first, following)
     expected = rolled(model, x, follower.command, 0.1, latency)
@@ -221,7 +228,7 @@ def test_a_plan_starts_from_the_state_its_latency_ahead(name: str, offset: float
     # speed, and a speed by a tenth of it where the servo is stiff.
     assert moved[0] > 0.015 and moved[1] > 0.5
     assert error[0] < 0.005 * moved[1] and error[1] < 0.1 * moved[1], f"error {error}, moved {moved}"
-    np.testing.assert_allclose(controller._predict(PlanRequest(0.1, x, latency=latency, following=following))[1], follower.command(0.16))
+    np.testing.assert_allclose(controller._predict(request)[1], follower.command(0.16))
 
 
 @pytest.mark.parametrize("name", SPEC)
@@ -269,7 +276,7 @@ def test_the_first_plan_continues_from_where_the_arm_is(name: str, models: dict[
         ("arm2", {"task": {"posture": {"weight": 1.0, "reference": [0.0]}}}, "task.posture.reference", "expected 2 values"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(name: str, changes: dict[str, Any], key: str, words: str, models: dict[str, Model]) -> None:
+def test_a_bad_setting_is_refused(name: str, changes: dict[str, Any], key: str, words: str, models: dict[str, Model]) -> None:
     with pytest.raises(SpecError) as caught:
         MpcController(config(name, **changes), models[name], "run.yaml")
     assert caught.value.key == key and caught.value.file == "run.yaml" and words in str(caught.value)
@@ -310,7 +317,8 @@ def seen(model: Model, q: np.ndarray, obstacles: tuple[Obstacle, ...]) -> Any:
     states = torch.tensor(np.concatenate([q.T, 0 * q.T])[None], dtype=torch.float32)
     commands = torch.zeros(1, robot.nu, len(q))
     at = tuple(torch.tensor(obstacle.position, dtype=torch.float32)[:, None, None] for obstacle in obstacles)
-    return FeatureMap(robot, kinematics, obstacles)(states, commands, Parameters(torch.zeros(robot.nu), p_target=torch.zeros(3, 1, 1), obstacles=at))
+    parameters = Parameters(torch.zeros(robot.nu), p_target=torch.zeros(3, 1, 1), obstacles=at)
+    return FeatureMap(robot, kinematics, obstacles)(states, commands, parameters)
 
 
 def configurations(model: Model, count: int) -> np.ndarray:
@@ -336,8 +344,10 @@ def test_the_tool_pose_is_mujocos(name: str, models: dict[str, Model]) -> None:
 def test_clearances_are_mujocos(name: str, shape: str, models: dict[str, Model]) -> None:
     model, obstacle = models[name], OBSTACLES[shape]
     q = configurations(model, 60)
-    ours, monitor = seen(model, q, (obstacle,)).clearances[0][:, 0].min(0).values, Monitor(model.mj, model.robot, (obstacle,))
-    slack = max(np.hypot(c.radius, np.linalg.norm(c.b - c.a) / 8) - c.radius for c in model.tree.capsules) if shape == "box" else 0.0
+    ours = seen(model, q, (obstacle,)).clearances[0][:, 0].min(0).values
+    monitor = Monitor(model.mj, model.robot, (obstacle,))
+    slacks = [np.hypot(c.radius, np.linalg.norm(c.b - c.a) / 8) - c.radius for c in model.tree.capsules]
+    slack = max(slacks) if shape == "box" else 0.0
     compared = 0
     for i, row in enumerate(q):
         monitor.update(row, 0.0)

@@ -117,7 +117,9 @@ def test_no_shift_changes_nothing(interpolation: str) -> None:
     torch.testing.assert_close(shift, torch.eye(5, dtype=F64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("interpolation", "elapsed"), [("zero", 0.4), ("linear", 0.13), ("linear", 0.4), ("cubic", 0.07), ("cubic", 5.0)])
+@pytest.mark.parametrize(
+    ("interpolation", "elapsed"), [("zero", 0.4), ("linear", 0.13), ("linear", 0.4), ("cubic", 0.07), ("cubic", 5.0)]
+)
 def test_shifted_knots_are_the_curve_seen_later(interpolation: str, elapsed: float) -> None:
     knots = Knots(5, 10, 0.1, interpolation, dtype=F64)
     y = torch.tensor(np.random.default_rng(1).normal(size=5))
@@ -278,7 +280,8 @@ def test_plan_is_pure(name: str) -> None:
     one = planner(bowl, RULE[name], iterations=3)
     x = tensor(0.4)
     first, _ = one.plan(one.initial(tensor(0.0)), x, None, 0.0)
-    copy = PlannerState(Distribution(*(getattr(first.belief, part).clone() for part in ("mean", "spread", "best", "kept"))), 0.0, 0, first.draws)
+    parts = (getattr(first.belief, part).clone() for part in ("mean", "spread", "best", "kept"))
+    copy = PlannerState(Distribution(*parts), 0.0, 0, first.draws)
     a, result_a = one.plan(first, x, None, 0.1)
     b, result_b = one.plan(first, x, None, 0.1)
     assert same(a, b) and same(first, copy) and x.item() == 0.4
@@ -347,7 +350,8 @@ def test_growth_widens_a_learnt_spread_up_to_sigma() -> None:
     state, _ = one.plan(one.initial(tensor(0.0)), tensor(0), None, 0.0)
     grown = one.shifted(state, 0.0).belief.spread
     torch.testing.assert_close(grown, (1.5 * state.belief.spread).clamp(max=0.5))
-    assert torch.equal(one.shifted(replace(state, belief=replace(state.belief, spread=grown * 9)), 0.0).belief.spread.max(), tensor(0.5)[0])
+    wide = replace(state, belief=replace(state.belief, spread=grown * 9))
+    assert one.shifted(wide, 0.0).belief.spread.max().item() == 0.5
 
 
 # --- costs that are not numbers -------------------------------------------------------------------------------------
@@ -448,9 +452,18 @@ def test_mppi_hot_takes_the_plain_mean() -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e6, -1e6])
 def test_mppi_sees_differences_on_top_of_large_costs(offset: float) -> None:
     old, knots, _ = candidates(samples=3)
-    costs = offset + torch.tensor([0.0, 0.5, 1.0])
-    _, weights = Mppi(temperature=0.5).update(old, knots, costs.double())
-    np.testing.assert_allclose(weights, np.exp([0.0, -1, -2]) / np.exp([0.0, -1, -2]).sum(), rtol=1e-9)
+    costs = offset + torch.tensor([0.0, 0.0625, 0.125])  # exact in float32, where 1e6 / temperature is not
+    _, weights = Mppi(temperature=0.0625).update(old, knots.float(), costs)
+    np.testing.assert_allclose(weights, np.exp([0.0, -1, -2]) / np.exp([0.0, -1, -2]).sum(), rtol=1e-5)
+    _, narrow = Mppi(temperature=0.03).update(old, knots.float(), costs)
+    assert (narrow[0] / narrow[1]).item() == pytest.approx(np.exp(0.0625 / 0.03), rel=1e-4)
+
+
+@pytest.mark.parametrize("offset", [1e6, -1e6])
+def test_mppi_meets_its_effective_sample_size_on_top_of_large_costs(offset: float) -> None:
+    old, knots, costs = candidates(samples=500)
+    _, weights = Mppi(ess=0.1).update(old, knots, costs + offset)
+    assert 1 / weights.square().sum().item() == pytest.approx(50, rel=0.2)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -505,7 +518,10 @@ def test_cem_smooths_with_the_old() -> None:
     torch.testing.assert_close(smooth.spread, 0.4 * old.spread + 0.6 * plain.spread)
 
 
-@pytest.mark.parametrize("rule", [Cem(elites=1, smoothing=0, floor=0.2), ICem(elites=1, smoothing=0, floor=0.2), Mppi(temperature=1e-9, adapt=0.9, floor=0.2)])
+NARROW = [Cem(elites=1, smoothing=0, floor=0.2), ICem(elites=1, smoothing=0, floor=0.2), Mppi(temperature=1e-9, adapt=0.9, floor=0.2)]
+
+
+@pytest.mark.parametrize("rule", NARROW)
 def test_the_spread_stays_above_its_floor(rule: Rule) -> None:
     one = planner(bowl, rule, iterations=12)
     state, _ = one.plan(one.initial(tensor(0.0)), tensor(0), None, 0.0)

@@ -87,7 +87,9 @@ def test_plain_torque_has_no_reference_to_bound() -> None:
 
 
 @pytest.mark.parametrize("gravity", [[0, 0], [4, -3]])
-@pytest.mark.parametrize(("wanted", "expected"), [([11, 0], [10, 0]), ([-99, 99], [-10, 5]), ([10, -5], [10, -5]), ([3, -5.01], [3, -5])])
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [([11, 0], [10, 0]), ([-99, 99], [-10, 5]), ([10, -5], [10, -5]), ([3, -5.01], [3, -5])]
+)
 def test_total_torque_is_bounded_exactly(gravity: list[float], wanted: list[float], expected: list[float]) -> None:
     gate, state = SafetyGate(arm()), measured(gravity=gravity)
     sent, clamped = gate(state, torque(*(np.array(wanted) - gravity)))
@@ -477,7 +479,8 @@ def test_missed_periods_are_counted_and_skipped() -> None:
 
     clock = Hiccup()
     driver, stamps = FakeArm(clock), []
-    loop = ControlLoop(arm(), driver, FakePort(constant), clock, LoopSpec(), lambda t, s: PlanRequest(t, s.q), lambda tick: not stamps.append(tick.t))
+    keep = lambda tick: not stamps.append(tick.t)  # noqa: E731
+    loop = ControlLoop(arm(), driver, FakePort(constant), clock, LoopSpec(), lambda t, s: PlanRequest(t, s.q), keep)
     loop.run(0.3)
     assert loop.counts.missed == 1 and max(loop.counts.lateness) == pytest.approx(0.035)
     assert (np.diff(stamps) > 0.004).all() and len(stamps) == 27  # no burst to make up for it

@@ -17,7 +17,13 @@ from mbctrl.tasks.features import Features, RobotScales
 from mbctrl.tasks.task import build_task
 from mbctrl.tasks.terms import TERMS, Avoid, Effort, JointLimits, Posture, Reach, Smoothness, Term, Track, Velocity, VelocityLimits
 
-ROBOT = RobotScales(home=(0.1, -0.2), position_lower=(-1.0, -2.0), position_upper=(1.0, 2.0), velocity=(2.0, 4.0), effort=(10.0, 5.0))
+ROBOT = RobotScales(
+    home=(0.1, -0.2),
+    position_lower=(-1.0, -2.0),
+    position_upper=(1.0, 2.0),
+    velocity=(2.0, 4.0),
+    effort=(10.0, 5.0),
+)
 EYE = np.eye(3)
 HALF_TURN = np.diag([1.0, -1.0, -1.0])  # about x
 STILL = Features(
@@ -130,9 +136,9 @@ class Variables:
 
 def carried(f: Features, carry: Any) -> Features:
     """Return ``f`` with every array turned by ``carry``."""
-    parts = {field.name: getattr(f, field.name) for field in fields(f)}
-    parts = {name: tuple(map(carry, part)) if name == "clearances" else None if part is None else carry(part) for name, part in parts.items()}
-    return Features(**parts)
+    parts = {field.name: getattr(f, field.name) for field in fields(f) if field.name != "clearances"}
+    turned = {name: None if part is None else carry(part) for name, part in parts.items()}
+    return Features(**turned, clearances=tuple(map(carry, f.clearances)))
 
 
 def as_tensor(array: Any) -> torch.Tensor:
@@ -193,7 +199,7 @@ def shifted(**changes: Any) -> Features:
         (JointLimits(weight=1, margin=0.2), shifted(q=[0.9, -2.2]), 0.25 + 4.0),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[2.0, -4.0]), 2.0),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[-1.8, 4.8]), 0.25 + 4.0),
-        (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.03, 1.0]), np.array([-0.02, 0.055]))), 1 + 4 + 0.25),
+        (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.03, 1]), np.array([-0.02, 0.055]))), 5.25),
     ],
 )
 def test_value_by_hand(term: Term, features: Features, expected: float) -> None:
@@ -284,7 +290,7 @@ CORNERS = {
 def test_gradients_are_finite(term: Term, corner: str) -> None:
     f = carried(CORNERS[corner], as_tensor)
     term.cost(f, ROBOT).backward()
-    leaves = [leaf for field in fields(f) for leaf in (getattr(f, field.name) if field.name == "clearances" else [getattr(f, field.name)])]
+    leaves = [getattr(f, field.name) for field in fields(f) if field.name != "clearances"] + list(f.clearances)
     grads = [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
     assert grads and all(torch.isfinite(grad).all() for grad in grads)
 
