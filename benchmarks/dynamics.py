@@ -56,12 +56,16 @@ def error_rows(name: str) -> list[dict[str, Any]]:
 
 
 def _free(mj: mujoco.MjModel) -> mujoco.MjModel:
-    mj.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_LIMIT | mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_ACTUATION
+    mj.opt.disableflags |= (
+        mujoco.mjtDisableBit.mjDSBL_LIMIT | mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_ACTUATION
+    )
     mj.opt.tolerance, mj.opt.iterations = 0, 200
     return mj
 
 
-def _mujoco(mj: mujoco.MjModel, q: np.ndarray, v: np.ndarray, tau: np.ndarray, friction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _mujoco(
+    mj: mujoco.MjModel, q: np.ndarray, v: np.ndarray, tau: np.ndarray, friction: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return MuJoCo's accelerations, and in which states its friction opposes every joint's motion in full."""
     mj, accelerations, sliding = _free(mj), [], []
     data = mujoco.MjData(mj)

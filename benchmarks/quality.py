@@ -37,7 +37,10 @@ def scenario_rows(name: str, runs: list[Any]) -> list[dict[str, Any]]:
     if name.startswith(("cartpole", "reacher")):
         bar = 800 if name.startswith("cartpole") else 900
         returns = [run.reward for run in runs]
-        return [row(f"{label}: return, median", float(np.median(returns)), "1", ">=", bar), row(f"{label}: return, least", min(returns), "1")]
+        return [
+            row(f"{label}: return, median", float(np.median(returns)), "1", ">=", bar),
+            row(f"{label}: return, least", min(returns), "1"),
+        ]
     if name == "panda_track_sim":
         out.append(row(f"{label}: RMS after lap 1, worst", max(run.tracking_rms for run in runs) * 1e3, "mm", "<=", 10))
     else:
@@ -47,13 +50,25 @@ def scenario_rows(name: str, runs: list[Any]) -> list[dict[str, Any]]:
         out.append(row(f"{label}: time to the last, median", float(np.median(last)), "s"))
     if name in ("panda_reach_sim", "panda_avoid_sim", "ur10e_reach_sim"):
         errors = [error for run in runs for error in run.reach_errors]
-        out.append(row(f"{label}: position error when held, worst", max(p for p, _ in errors) * 1e3 if errors else math.inf, "mm", "<=", 5))
-        out.append(row(f"{label}: rotation error when held, worst", math.degrees(max(r for _, r in errors)) if errors else math.inf, "deg", "<=", 2))
+        out.append(
+            row(f"{label}: position error when held, worst", max(p for p, _ in errors) * 1e3 if errors else math.inf, "mm", "<=", 5)
+        )
+        out.append(
+            row(
+                f"{label}: rotation error when held, worst",
+                math.degrees(max(r for _, r in errors)) if errors else math.inf,
+                "deg",
+                "<=",
+                2,
+            )
+        )
     if name == "panda_avoid_sim":
         from mbctrl.base.config import load_run
 
         margin = load_run(name)[0].task["avoid"]["margin"]
         out.append(row(f"{label}: clearance, least", min(run.clearance for run in runs) * 1e3, "mm", ">=", margin * 1e3))
     out.append(row(f"{label}: seeds that exceed a limit", sum(bool(run.violations) for run in runs), "seeds", "<=", 0))
-    out.append(row(f"{label}: largest share of a limit", max(share for run in runs for share, _ in run.limits.values()), "1", "<=", 1))
+    out.append(
+        row(f"{label}: largest share of a limit", max(share for run in runs for share, _ in run.limits.values()), "1", "<=", 1)
+    )
     return out

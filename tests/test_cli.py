@@ -118,7 +118,9 @@ def test_a_lockstep_run_leaves_a_whole_folder_and_repeats_itself(tmp_path):
 
 def test_pictures_are_made(tmp_path):
     folder = tmp_path / "run"
-    assert main(["run", "arm2_swingup_sim", "--lockstep", "--out", str(folder), "--duration", "0.3", "--planner.samples", "16"]) == 0
+    assert (
+        main(["run", "arm2_swingup_sim", "--lockstep", "--out", str(folder), "--duration", "0.3", "--planner.samples", "16"]) == 0
+    )
     assert (folder / "plots.png").stat().st_size > 20_000
 
 
@@ -157,7 +159,9 @@ def test_scenario_help_lists_its_settings(capsys):
     assert "--planner.samples" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["show", "panda"], ["show", "panda_reach_sim"], ["show", "panda_reach"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["show", "panda"], ["show", "panda_reach_sim"], ["show", "panda_reach"], ["doctor"]]
+)
 def test_looking_verbs(arguments, capsys):
     assert main(arguments) == 0
     assert "panda" in capsys.readouterr().out or arguments == ["doctor"]

@@ -376,4 +376,3 @@ def test_effort_is_the_servo_without_gravity(models: dict[str, Model]) -> None:
     expected = np.asarray(robot.control.stiffness) * (u - q) - np.asarray(robot.control.damping) * v
     np.testing.assert_allclose(features.effort[:, 0, 0], expected, rtol=1e-5, atol=1e-3)
     assert torch.equal(features.u_before[:, 0, 0], before) and features.p_world_tcp is None
-

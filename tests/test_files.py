@@ -9,7 +9,8 @@ from mbctrl.base.config import load_controller, load_run
 from mbctrl.base.find import names
 from mbctrl.base.plan import PlanRequest
 from mbctrl.base.spec import import_name
-from mbctrl.cli.session import Session, build_controller, check_goal, load_run_model
+from mbctrl.cli.build import build_controller, check_goal, load_run_model
+from mbctrl.cli.session import Session
 from mbctrl.planning.rules import RULES
 from mbctrl.planning.rules.base import Rule
 

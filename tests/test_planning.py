@@ -518,7 +518,11 @@ def test_cem_smooths_with_the_old() -> None:
     torch.testing.assert_close(smooth.spread, 0.4 * old.spread + 0.6 * plain.spread)
 
 
-NARROW = [Cem(elites=1, smoothing=0, floor=0.2), ICem(elites=1, smoothing=0, floor=0.2), Mppi(temperature=1e-9, adapt=0.9, floor=0.2)]
+NARROW = [
+    Cem(elites=1, smoothing=0, floor=0.2),
+    ICem(elites=1, smoothing=0, floor=0.2),
+    Mppi(temperature=1e-9, adapt=0.9, floor=0.2),
+]
 
 
 @pytest.mark.parametrize("rule", NARROW)

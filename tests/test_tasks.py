@@ -107,7 +107,7 @@ class Traced:
     def abs(self) -> Traced:
         return Traced(lambda inputs: abs(self.value(inputs)))
 
-    def clip(self, min: float | None = None, max: float | None = None) -> Traced:  # noqa: A002 -- the algebra's names
+    def clip(self, min: float | None = None, max: float | None = None) -> Traced:
         return Traced(lambda inputs: float(np.clip(self.value(inputs), min, max)))
 
     def _refuse(self, *_: Any) -> bool:

@@ -76,7 +76,9 @@ class FigureEightGoal(Spec):
         phase, length = self._table
         s = np.interp(np.maximum(t, 0) * self.speed % length[-1], length, phase)
         e1, e2 = np.asarray(self.axes, float)
-        position = np.asarray(self.center) + np.outer(self.width / 2 * np.sin(s), e1) + np.outer(self.height / 2 * np.sin(2 * s), e2)
+        position = (
+            np.asarray(self.center) + np.outer(self.width / 2 * np.sin(s), e1) + np.outer(self.height / 2 * np.sin(2 * s), e2)
+        )
         if self.rpy is None:
             return position, None
         return position, np.broadcast_to(rotation_from_rpy(np.asarray(self.rpy)), (len(t), 3, 3))

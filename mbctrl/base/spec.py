@@ -86,7 +86,7 @@ def parse_yaml(text: str, file: str | Path | None = None) -> Any:
         SpecError: on syntax errors and duplicate keys, with the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = "" if mark is None else f" (line {mark.line + 1})"

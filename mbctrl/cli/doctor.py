@@ -30,7 +30,11 @@ _PACKAGES = {
 
 def doctor() -> int:
     """Print versions, cores, rendering and search path; return 0 whatever it finds."""
-    table = Table(title=f"mbctrl {__version__}, Python {platform.python_version()}, {platform.machine()}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"mbctrl {__version__}, Python {platform.python_version()}, {platform.machine()}",
+        show_header=False,
+        title_justify="left",
+    )
     for package, extra in _PACKAGES.items():
         try:
             table.add_row(package, version(package))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -15,7 +14,7 @@ from mbctrl.base.errors import MbctrlError, SpecError, suggest
 from mbctrl.base.extras import need
 from mbctrl.base.find import names
 from mbctrl.base.robot import Robot, load_robot
-from mbctrl.base.spec import load_yaml
+from mbctrl.base.spec import dump_yaml, load_yaml
 
 console = Console()
 _MODELS = (".xml", ".mjcf", ".urdf")
@@ -74,8 +73,7 @@ def show(name: str) -> int:
         _show_robot(load_model(name).robot)
     else:
         config = load_controller(name) if kind == "controllers" else load_run(name)[0]
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-        console.print(Syntax(text, "yaml", background_color="default"))
+        console.print(Syntax(dump_yaml(config.model_dump(mode="json")), "yaml", background_color="default"))
     return 0
 
 
@@ -103,7 +101,9 @@ def check(chosen: tuple[str, ...]) -> int:
         folder, _, name = entry.partition("/")
         try:
             kind = folder if not chosen else kind_of(entry)
-            console.print(f"[green]ok[/]    {entry}: {_check(kind, name if not chosen else entry)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"[green]ok[/]    {entry}: {_check(kind, name if not chosen else entry)}", highlight=False, soft_wrap=True
+            )
         except MbctrlError as error:
             failed += 1
             console.print(f"[red]error[/] {entry}: {str(error).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
@@ -120,7 +120,7 @@ def _check(kind: str, name: str) -> str:
         controller = load_controller(name)
         return f"{controller.rule.rpartition(':')[2]}, {controller.planner.samples} samples, terms {', '.join(controller.task)}"
     from mbctrl.base.plan import PlanRequest
-    from mbctrl.cli.session import build_controller, check_goal, load_run_model
+    from mbctrl.cli.build import build_controller, check_goal, load_run_model
 
     config, file = load_run(name)
     model = load_run_model(config, file)

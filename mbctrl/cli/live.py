@@ -79,5 +79,5 @@ def _serve(pipe: Connection, config: RunConfig, file: Path, port: int) -> None:
         return
     except MbctrlError as error:
         pipe.send(error)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
+    except Exception as error:
         pipe.send(DriverError(f"the viewer failed: {type(error).__name__}: {error}", key="viewer"))

@@ -88,7 +88,7 @@ def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:
     """Run the planner process: build, warm up, then one plan a request until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))  # one core stays with the control loop
     try:
-        from mbctrl.cli.session import build_controller
+        from mbctrl.cli.build import build_controller
 
         controller = build_controller(config, file, warm=True)
         pipe.send(None)
@@ -98,5 +98,5 @@ def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:
         return
     except MbctrlError as error:
         pipe.send(error)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
+    except Exception as error:
         pipe.send(DriverError(f"the planner failed: {type(error).__name__}: {error}", key="planner"))

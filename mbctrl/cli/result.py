@@ -15,7 +15,9 @@ from mbctrl.report.summary import Summary
 
 def result_screen(console: Console, config: RunConfig, summary: Summary, name: str, lockstep: bool) -> None:
     """Print what the run achieved and what went wrong."""
-    table = Table(title=f"{name}, seed {config.seed}, {'lockstep' if lockstep else 'real time'}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{name}, seed {config.seed}, {'lockstep' if lockstep else 'real time'}", show_header=False, title_justify="left"
+    )
     table.add_column(style="bold")
     table.add_column()
     for label, value in _goal_rows(config, summary):
@@ -30,7 +32,9 @@ def result_screen(console: Console, config: RunConfig, summary: Summary, name: s
     table.add_row("late plans", _mark(f"{summary.late} of {summary.plans}", summary.late > 0.02 * summary.plans))
     table.add_row("missed periods", _mark(f"{summary.missed} of {summary.ticks}", summary.missed > 0.01 * summary.ticks))
     if summary.held or summary.nonfinite:
-        table.add_row("without a valid plan", _mark(f"{summary.held} periods; {summary.nonfinite} rollouts not finite", summary.held > 0))
+        table.add_row(
+            "without a valid plan", _mark(f"{summary.held} periods; {summary.nonfinite} rollouts not finite", summary.held > 0)
+        )
     table.add_section()
     clamps = ", ".join(f"{kind} {count}" for kind, count in summary.clamps.items()) or "none"
     table.add_row("safety clamps", _mark(clamps, bool(summary.clamps)))
@@ -60,7 +64,9 @@ def _goal_rows(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
     if not isinstance(config.goal, JointGoal) and np.isfinite(summary.position_error):
         rows.append(("final error", f"{summary.position_error * 1e3:.1f} mm, {math.degrees(summary.rotation_error):.2f} deg"))
     if np.isfinite(summary.tracking_rms):
-        rows.append(("tracking error", f"RMS {summary.tracking_rms * 1e3:.1f} mm after the first lap ({summary.tracking_from:.1f} s)"))
+        rows.append(
+            ("tracking error", f"RMS {summary.tracking_rms * 1e3:.1f} mm after the first lap ({summary.tracking_from:.1f} s)")
+        )
     if np.isfinite(summary.clearance):
         rows.append(("least clearance", _mark(f"{summary.clearance * 1e3:.0f} mm", summary.clearance < 0)))
     return rows

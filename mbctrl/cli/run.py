@@ -76,11 +76,15 @@ def with_overrides(config: RunConfig, arguments: list[str], scenario: str, file:
     if not arguments:
         return config
     try:
-        changed = tyro.cli(RunConfig, default=config, args=arguments, prog=f"mbctrl run {scenario}", description=f"Settings of {file}.")
+        changed = tyro.cli(
+            RunConfig, default=config, args=arguments, prog=f"mbctrl run {scenario}", description=f"Settings of {file}."
+        )
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise SpecError(f"{fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}", file="command line", key=f"--{key}") from None
+        raise SpecError(
+            f"{fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}", file="command line", key=f"--{key}"
+        ) from None
     return validate(RunConfig, merged(config.model_dump(), changed.model_dump()), "command line")
 
 
@@ -89,7 +93,11 @@ class _Line:
 
     def __init__(self, config: RunConfig, viewer: Any) -> None:
         self.progress = Progress(
-            TextColumn("{task.fields[clock]}"), BarColumn(24), TextColumn("{task.fields[text]}"), console=console, auto_refresh=False
+            TextColumn("{task.fields[clock]}"),
+            BarColumn(24),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            auto_refresh=False,
         )
         self._task = self.progress.add_task("", total=config.duration, clock="starting the planner …", text="")
         self._duration, self._viewer = config.duration, viewer
@@ -140,7 +148,9 @@ def _plot(session: Any, log: Any, plans: Any, folder: Path, name: str) -> None:
 def _video(session: Any, config: RunConfig, log: Any, folder: Path) -> None:
     from mbctrl.report.video import render_video
 
-    with Progress(TextColumn("rendering"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), console=console, transient=True) as bar:
+    with Progress(
+        TextColumn("rendering"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), console=console, transient=True
+    ) as bar:
         task = bar.add_task("", total=None)
         render_video(
             session.model.mj,

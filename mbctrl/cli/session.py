@@ -6,25 +6,23 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mbctrl import __version__
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import GoalError, SpecError
-from mbctrl.base.logs import Log, LogWriter, read_log
+from mbctrl.base.logs import LogWriter, read_log
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.base.spec import dump_yaml
+from mbctrl.cli.build import build_controller, check_goal, load_run_model
 from mbctrl.cli.process import ProcessPort
-from mbctrl.dynamics.load import Model, load_model
-from mbctrl.planning.controller import MpcController
+from mbctrl.dynamics.load import Model
 from mbctrl.report.summary import Summary, summarise
 from mbctrl.runtime.clock import LockstepClock, RealClock
 from mbctrl.runtime.driver import RobotState
@@ -35,60 +33,6 @@ from mbctrl.sim.monitor import Monitor
 from mbctrl.sim.suite import SuiteDriver
 
 _FLUSH = 500  # ticks between writes of the log
-
-
-def load_run_model(config: RunConfig, file: Path) -> Model:
-    """Load the run's robot; SpecError names the scenario's key."""
-    return load_model(config.robot, file=file, key="robot")
-
-
-def build_controller(config: RunConfig, file: Path, model: Model | None = None, warm: bool = False) -> MpcController:
-    """Build the run's controller."""
-    controller = MpcController(config, model or load_run_model(config, file), file)
-    if warm:
-        controller.warm()
-    return controller
-
-
-def check_goal(config: RunConfig, model: Model, file: Path) -> None:
-    """Refuse goals that do not fit the robot or lie out of its reach.
-
-    Errors:
-        GoalError, SpecError: naming the key.
-    """
-    goal, robot = config.goal, model.robot
-    if config.backend.kind == "dm_control" and config.backend.task is None:
-        raise SpecError("missing; expected DOMAIN-TASK", file=file, key="backend.task")
-    if goal.kind == "backend" and config.backend.kind != "dm_control":
-        raise SpecError("the mujoco backend brings no goal of its own", file=file, key="goal.kind")
-    for key in ("feedback_stiffness", "feedback_damping"):
-        gains = getattr(config.loop, key)
-        if gains is not None and len(gains) != robot.nu:
-            raise SpecError(f"expected {robot.nu} values, found {len(gains)}", file=file, key=f"loop.{key}")
-    if isinstance(goal, JointGoal) and len(goal.position) != robot.nq:
-        raise SpecError(f"expected {robot.nq} values, one for each joint, found {len(goal.position)}", file=file, key="goal.position")
-    if isinstance(goal, PoseGoal):
-        points = [(f"goal.targets[{i}].position", np.asarray(target.position)) for i, target in enumerate(goal.targets)]
-    elif isinstance(goal, FigureEightGoal):
-        points = [("goal", point) for point in goal.sample(0, np.linspace(0, goal.lap, 50))[0]]
-    else:
-        return
-    base, reach = _reach(model)
-    for key, point in points:
-        distance = float(np.linalg.norm(point - base))
-        if distance > reach:
-            raise GoalError(f"out of reach: {distance:.3f} m from the first joint, the arm spans {reach:.3f} m", file=file, key=key)
-
-
-def _reach(model: Model) -> tuple[np.ndarray, float]:
-    """Return the first joint's position (3,) [m] and an upper bound of the tool's distance from it [m]."""
-    tree, frame = model.tree, model.tree.frames[model.robot.tool]
-    reach, link = float(np.linalg.norm(frame.position)), frame.link
-    while link > 0:
-        slide = 0.0 if tree.revolute[link] else max(abs(model.robot.limits.position_lower[link]), abs(model.robot.limits.position_upper[link]))
-        reach += float(np.linalg.norm(tree.fixed_position[link])) + slide
-        link = tree.parent[link]
-    return tree.fixed_position[0], reach
 
 
 @dataclass
@@ -169,7 +113,9 @@ class Session:
         """Judge the run from its logs."""
         logs = (read_log(folder / "log.csv"), read_log(folder / "plans.csv"))
         reward = self.driver.total_reward if isinstance(self.driver, SuiteDriver) else None
-        return summarise(self.config, self.robot, *logs, self.loop.counts, self.loop.gate.counts, self.progress, reward, self.interrupted)
+        return summarise(
+            self.config, self.robot, *logs, self.loop.counts, self.loop.gate.counts, self.progress, reward, self.interrupted
+        )
 
     def _driver(self) -> SimDriver | SuiteDriver:
         """Build the robot; a suite task brings its own control rate."""
@@ -199,7 +145,7 @@ class Session:
         if tick.arrived is not None:
             self._latency = tick.latency
             info = tick.arrived.info
-            late = float(tick.latency > 1 / self.config.loop.rate + self.loop.period)
+            late = float(tick.latency > 1 / self.config.loop.rate + self.loop.period + 1e-9)
             numbers = (info["cpu"], info["best"], info["ess"], info["nonfinite"])
             self._plans.add((tick.arrived.stamp, tick.arrived.t0, tick.latency, *numbers, late))
         self._log.add(self._row(tick, tool, target))
@@ -212,26 +158,42 @@ class Session:
             self._override = self._watch(live) or self._override
         return not (self.progress.done and self.config.stop_when_done)
 
-    def _row(self, tick: Tick, tool: tuple[np.ndarray, np.ndarray], target: tuple[np.ndarray, np.ndarray | None] | None) -> list[float]:
+    def _row(
+        self, tick: Tick, tool: tuple[np.ndarray, np.ndarray], target: tuple[np.ndarray, np.ndarray | None] | None
+    ) -> list[float]:
         nan3, nan4 = (math.nan,) * 3, (math.nan,) * 4
         rotation = None if target is None else target[1]
         state, progress = tick.state, self.progress
         row = [tick.t, *state.q, *state.v, *state.tau, *tick.command, *tool[0], *quaternion_from_rotation(tool[1])]
         row += nan3 if target is None else tuple(target[0])
         row += nan4 if rotation is None else tuple(quaternion_from_rotation(rotation))
-        row += [progress.position_error, progress.rotation_error, self.monitor.clearance(), getattr(self.driver, "reward", math.nan)]
+        row += [
+            progress.position_error,
+            progress.rotation_error,
+            self.monitor.clearance(),
+            getattr(self.driver, "reward", math.nan),
+        ]
         return [*row, float(tick.clamped), float(tick.holding)]
 
     def _open_logs(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         header = provenance(self.config, self.robot, self.lockstep)
-        text = yaml.safe_dump({**header, "config": self.config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+        text = dump_yaml({**header, "config": self.config.model_dump(mode="json")})
         (folder / "config.yaml").write_text(text, encoding="utf-8")
         self._log = LogWriter(folder / "log.csv", _columns(self.model), header)
         self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
 
 
-_PLAN_COLUMNS = [("stamp", "s"), ("t0", "s"), ("latency", "s"), ("cpu", "s"), ("cost", "1"), ("ess", "1"), ("nonfinite", "1"), ("late", "1")]
+_PLAN_COLUMNS = [
+    ("stamp", "s"),
+    ("t0", "s"),
+    ("latency", "s"),
+    ("cpu", "s"),
+    ("cost", "1"),
+    ("ess", "1"),
+    ("nonfinite", "1"),
+    ("late", "1"),
+]
 
 
 def _columns(model: Model) -> list[tuple[str, str]]:
@@ -268,7 +230,7 @@ def provenance(config: RunConfig, robot: Robot, lockstep: bool) -> dict[str, Any
             continue
     return {
         "mbctrl": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "robot": robot.name,
         "joints": list(robot.joints),
         "mode": "lockstep" if lockstep else "real time",

@@ -49,7 +49,9 @@ def load_model(name: str, *, file: str | Path | None = None, key: str | None = N
     tree = tree_from_mujoco(mj, source)
     robot = robot or _robot_from_mujoco(mj, tree, source)
     if robot.joints != tree.joints:
-        raise ModelError(f"expected the model's joints {list(tree.joints)}, found {list(robot.joints)}", file=robot.path, key="joints")
+        raise ModelError(
+            f"expected the model's joints {list(tree.joints)}, found {list(robot.joints)}", file=robot.path, key="joints"
+        )
     if robot.tool not in tree.frames:
         raise ModelError(f"the model has no site '{robot.tool}'{suggest(robot.tool, tree.frames)}", file=robot.path, key="tool")
     return Model(robot, mj, tree, self_check(mj, tree, source))
@@ -144,7 +146,9 @@ def tree_from_mujoco(mj: mujoco.MjModel, source: str = "") -> RigidTree:
         stiffness=mj.jnt_stiffness.copy(),
         spring_reference=mj.qpos_spring[mj.jnt_qposadr].copy(),
         gravity=mj.opt.gravity.copy(),
-        frames={mj.site(s).name: Frame(*_compose(place[mj.site_bodyid[s]], mj.site_quat[s], mj.site_pos[s])) for s in range(mj.nsite)}
+        frames={
+            mj.site(s).name: Frame(*_compose(place[mj.site_bodyid[s]], mj.site_quat[s], mj.site_pos[s])) for s in range(mj.nsite)
+        }
         | {mj.body(b).name: Frame(*place[b]) for b in range(1, mj.nbody) if mj.body(b).name},
         capsules=tuple(_capsules(mj, place)),
     )
@@ -175,7 +179,9 @@ def _inertial(mj: mujoco.MjModel, b: int, rotation: np.ndarray, position: np.nda
     return float(mj.body_mass[b]), position + rotation @ mj.body_ipos[b], axes @ np.diag(mj.body_inertia[b]) @ axes.T
 
 
-def _compose(place: tuple[int, np.ndarray, np.ndarray], quaternion: np.ndarray, offset: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+def _compose(
+    place: tuple[int, np.ndarray, np.ndarray], quaternion: np.ndarray, offset: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray]:
     link, rotation, position = place
     return link, rotation @ rotation_from_quaternion(quaternion), position + rotation @ offset
 
@@ -199,7 +205,9 @@ def _capsules(mj: mujoco.MjModel, place: list[tuple[int, np.ndarray, np.ndarray]
         link, rotation, position = _compose(place[mj.geom_bodyid[g]], mj.geom_quat[g], mj.geom_pos[g])
         axis, half, radius, center = _around(mj, g)
         middle = position + rotation @ center
-        capsules.append(Capsule(mj.geom(g).name or f"geom{g}", link, middle - rotation @ axis * half, middle + rotation @ axis * half, radius))
+        capsules.append(
+            Capsule(mj.geom(g).name or f"geom{g}", link, middle - rotation @ axis * half, middle + rotation @ axis * half, radius)
+        )
     return capsules
 
 

@@ -84,7 +84,9 @@ def self_check(mj: mujoco.MjModel, tree: RigidTree, source: str, states: int = 3
             worst = max(worst, float(error.max()))
             if not error.max() <= TOLERANCE:
                 joint = tree.joints[int(np.unravel_index(np.nanargmax(error), error.shape)[0])]
-                raise ModelError(f"MuJoCo and Pinocchio differ in {what} by {error.max():.1e} (allowed {TOLERANCE:g})", file=source, key=joint)
+                raise ModelError(
+                    f"MuJoCo and Pinocchio differ in {what} by {error.max():.1e} (allowed {TOLERANCE:g})", file=source, key=joint
+                )
     return worst
 
 

@@ -57,7 +57,9 @@ class SimulatorDynamics:
     ) -> None:
         self.substeps = round(dt / mj.opt.timestep)
         if self.substeps < 1 or abs(self.substeps * mj.opt.timestep - dt) > 1e-9:
-            raise ModelError(f"expected a multiple of the simulator's step {mj.opt.timestep:g} s, found {dt:g} s", key="dynamics.dt")
+            raise ModelError(
+                f"expected a multiple of the simulator's step {mj.opt.timestep:g} s, found {dt:g} s", key="dynamics.dt"
+            )
         if mj.nq != mj.nv:
             raise ModelError("free and ball joints have no [q, v] state", key="dynamics.backend")
         if fields and not batched:

@@ -102,7 +102,7 @@ class MpcController:
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
         dt, times = self.config.dynamics.dt, np.arange(self._steps + 1) * self.config.dynamics.dt
         commands = (self.knots.weights(times) @ result.knots.cpu().double().numpy()).clip(*self._bounds)
-        middle = self.knots.commands(result.knots[..., None])
+        middle = self.planner.commands(result.knots[..., None])
         states = self.analytic.rollout(self._tensor(x)[:, None], middle)[:, :, 0].cpu().double().numpy()
         self._seq += 1
         figures = result.figures._asdict()
@@ -122,7 +122,7 @@ class MpcController:
     def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray:
         """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates."""
         best = result.weights.topk(min(count, len(result.weights))).indices
-        commands = self.knots.commands(result.candidates[:, :, best])
+        commands = self.planner.commands(result.candidates[:, :, best])
         states = self.analytic.rollout(self._tensor(x)[:, None].expand(-1, len(best)), commands)
         nq, horizon = self.analytic.nq, len(states)
         poses = self.analytic.poses(states[:, :nq].movedim(0, 1).reshape(nq, -1))
@@ -176,7 +176,9 @@ class MpcController:
         has_target = isinstance(self.config.goal, (PoseGoal, FigureEightGoal)) or self.config.goal.kind == "backend"
         for name, term in terms.items():
             if term.needs == "p_world_target" and not has_target:
-                raise SpecError(f"needs a goal with a tool target, found goal.kind: {self.config.goal.kind}", file=file, key=f"task.{name}")
+                raise SpecError(
+                    f"needs a goal with a tool target, found goal.kind: {self.config.goal.kind}", file=file, key=f"task.{name}"
+                )
 
 
 def command_bounds(robot: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -95,8 +95,7 @@ class Planner:
     def iterate(self, state: PlannerState, x: Tensor, parameters: Any) -> tuple[PlannerState, Result]:
         """Draw, cost and update once; k calls are k iterations of one plan."""
         candidates = self._candidates(state)
-        commands = self.knots.commands(candidates).clamp(self._low, self._high)
-        costs = self.objective(x, commands, parameters)
+        costs = self.objective(x, self.commands(candidates), parameters)
         finite = torch.isfinite(costs)
         costs = torch.where(finite, costs, torch.full_like(costs, torch.inf))
         count = int(finite.sum())
@@ -113,6 +112,10 @@ class Planner:
         )
         state = replace(state, belief=belief, draws=state.draws + 1)
         return state, Result(getattr(belief, self.rule.executes), figures, candidates, weights)
+
+    def commands(self, knots: Tensor) -> Tensor:
+        """Return the commands (H, nu, N) that ``knots`` (K, nu, N) stand for, within their bounds."""
+        return self.knots.commands(knots).clamp(self._low, self._high)
 
     def _candidates(self, state: PlannerState) -> Tensor:
         """Return (K, nu, N): draws around the mean, the first replaced by the kept candidates and the mean itself."""

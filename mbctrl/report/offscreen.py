@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +34,7 @@ context.free()
 """
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose_backend() -> str:
     """Return the MuJoCo subpackage to open contexts with: ``egl``, ``osmesa`` or ``glfw``, ``""`` for MuJoCo's own choice.
 

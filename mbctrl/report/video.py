@@ -107,7 +107,10 @@ class _Clip:
         self.q = np.stack([np.interp(self.times, t, log[f"q.{joint}"]) for joint in joints], axis=1)
         row = np.clip(np.searchsorted(t, self.times + 1e-9, side="right") - 1, 0, None)
         self.tool = log["tcp"][row] if "tcp" in log else np.full((self.frames, 3), np.nan)
-        parts = [log[name][row] if name in log else np.full((self.frames, n), np.nan) for name, n in (("target", 3), ("target_quaternion", 4))]
+        parts = [
+            log[name][row] if name in log else np.full((self.frames, n), np.nan)
+            for name, n in (("target", 3), ("target_quaternion", 4))
+        ]
         self.target = np.concatenate(parts, axis=1)  # position, then wxyz
 
     def pose(self, index: int) -> None:

@@ -67,10 +67,15 @@ def _with_obstacles(path: str, obstacles: tuple[Obstacle, ...]) -> mujoco.MjMode
         size = [*obstacle.size, 0, 0, 0][:3] if obstacle.shape != "plane" else [0, 0, 0.01]
         geom = body.add_geom(name=f"obstacle:{obstacle.name}", type=_KINDS[obstacle.shape], size=size, contype=0, conaffinity=0)
         if obstacle.shape == "plane":
+            geom.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS  # zaxis alone is ignored
             geom.alt.zaxis = obstacle.normal
     return spec.compile()
 
 
 def _collision_geoms(model: mujoco.MjModel) -> list[int]:
-    moving = [g for g in range(model.ngeom) if model.body_weldid[model.geom_bodyid[g]] != 0 and model.body_mocapid[model.geom_bodyid[g]] < 0]
+    moving = [
+        g
+        for g in range(model.ngeom)
+        if model.body_weldid[model.geom_bodyid[g]] != 0 and model.body_mocapid[model.geom_bodyid[g]] < 0
+    ]
     return [g for g in moving if model.geom_group[g] == _COLLISION_GROUP] or moving

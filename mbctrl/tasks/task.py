@@ -43,7 +43,9 @@ def build_task(spec: Mapping[str, Mapping[str, Any]], robot: RobotScales, *, fil
         for field in ("reference", "joint_weights"):
             value = getattr(term, field, None)
             if value is not None and len(value) != len(robot.home):
-                raise SpecError(f"expected {len(robot.home)} values, one for each joint, found {len(value)}", file=file, key=f"{key}.{field}")
+                raise SpecError(
+                    f"expected {len(robot.home)} values, one for each joint, found {len(value)}", file=file, key=f"{key}.{field}"
+                )
         terms[name] = term
     if not any(term.weight > 0 for term in terms.values()):
         raise SpecError("expected at least one term with a positive weight", file=file, key="task")

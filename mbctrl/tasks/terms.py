@@ -82,7 +82,7 @@ class Posture(Term):
     reference: Vector | None = None  # [rad]
     scale: Positive = 1.0  # [rad]
     wrap: bool = False
-    joint_weights: Vector | None = None
+    joint_weights: tuple[NonNegative, ...] | None = None
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
         reference = f.q_target if self.reference is None and f.q_target is not None else self.reference or robot.home
@@ -99,7 +99,7 @@ class Velocity(Term):
     """Joint speeds over their limits, squared and summed; ``scale`` [rad/s] replaces the limits."""
 
     scale: Positive | None = None
-    joint_weights: Vector | None = None
+    joint_weights: tuple[NonNegative, ...] | None = None
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0

@@ -1,0 +1,73 @@
+"""Builds and checks the parts of a run from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mbctrl.base.config import RunConfig
+from mbctrl.base.errors import GoalError, SpecError
+from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.dynamics.load import Model, load_model
+from mbctrl.planning.controller import MpcController
+
+
+def load_run_model(config: RunConfig, file: Path) -> Model:
+    """Load the run's robot; SpecError names the scenario's key."""
+    return load_model(config.robot, file=file, key="robot")
+
+
+def build_controller(config: RunConfig, file: Path, model: Model | None = None, warm: bool = False) -> MpcController:
+    """Build the run's controller."""
+    controller = MpcController(config, model or load_run_model(config, file), file)
+    if warm:
+        controller.warm()
+    return controller
+
+
+def check_goal(config: RunConfig, model: Model, file: Path) -> None:
+    """Refuse goals that do not fit the robot or lie out of its reach.
+
+    Errors:
+        GoalError, SpecError: naming the key.
+    """
+    goal, robot = config.goal, model.robot
+    if config.backend.kind == "dm_control" and config.backend.task is None:
+        raise SpecError("missing; expected DOMAIN-TASK", file=file, key="backend.task")
+    if goal.kind == "backend" and config.backend.kind != "dm_control":
+        raise SpecError("the mujoco backend brings no goal of its own", file=file, key="goal.kind")
+    for key in ("feedback_stiffness", "feedback_damping"):
+        gains = getattr(config.loop, key)
+        if gains is not None and len(gains) != robot.nu:
+            raise SpecError(f"expected {robot.nu} values, found {len(gains)}", file=file, key=f"loop.{key}")
+    if isinstance(goal, JointGoal) and len(goal.position) != robot.nq:
+        raise SpecError(
+            f"expected {robot.nq} values, one for each joint, found {len(goal.position)}", file=file, key="goal.position"
+        )
+    if isinstance(goal, PoseGoal):
+        points = [(f"goal.targets[{i}].position", np.asarray(target.position)) for i, target in enumerate(goal.targets)]
+    elif isinstance(goal, FigureEightGoal):
+        points = [("goal", point) for point in goal.sample(0, np.linspace(0, goal.lap, 50))[0]]
+    else:
+        return
+    base, reach = _reach(model)
+    for key, point in points:
+        distance = float(np.linalg.norm(point - base))
+        if distance > reach:
+            raise GoalError(f"out of reach: {distance:.3f} m from the first joint, the arm spans {reach:.3f} m", file=file, key=key)
+
+
+def _reach(model: Model) -> tuple[np.ndarray, float]:
+    """Return the first joint's position (3,) [m] and an upper bound of the tool's distance from it [m]."""
+    tree, frame = model.tree, model.tree.frames[model.robot.tool]
+    reach, link = float(np.linalg.norm(frame.position)), frame.link
+    while link > 0:
+        slide = (
+            0.0
+            if tree.revolute[link]
+            else max(abs(model.robot.limits.position_lower[link]), abs(model.robot.limits.position_upper[link]))
+        )
+        reach += float(np.linalg.norm(tree.fixed_position[link])) + slide
+        link = tree.parent[link]
+    return tree.fixed_position[0], reach
