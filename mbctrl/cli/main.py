@@ -23,7 +23,8 @@ class Run:
 
     Any setting of the scenario can be given after its name; list them with: mbctrl run SCENARIO --help
 
-    Examples:
+    For example:
+
         mbctrl run launch/panda_reach_sim.yaml
         mbctrl run panda_track_sim --planner.samples 1024 --loop.rate 50
         mbctrl run panda_avoid_sim --viewer
@@ -46,7 +47,8 @@ class Run:
 class List:
     """List the robots, controllers and scenarios that are found.
 
-    Example:
+    For example:
+
         mbctrl list
     """
 
@@ -55,7 +57,8 @@ class List:
 class Show:
     """Show a robot, controller or scenario, resolved.
 
-    Examples:
+    For example:
+
         mbctrl show panda
         mbctrl show panda_reach_sim
     """
@@ -68,7 +71,8 @@ class Show:
 class Check:
     """Load files, compare MuJoCo and Pinocchio, and plan one step; without names: every file that is found.
 
-    Examples:
+    For example:
+
         mbctrl check
         mbctrl check panda my_arm.urdf my_scenario.yaml
     """
@@ -81,7 +85,8 @@ class Check:
 class Bench:
     """Run a benchmark of the checkout's benchmarks/ folder and print its table.
 
-    Examples:
+    For example:
+
         mbctrl bench mainjob --quick
         mbctrl bench dynamics --json
     """
@@ -98,7 +103,8 @@ class Bench:
 class Doctor:
     """Say what this machine has and what is missing: packages, rendering, codecs, cores.
 
-    Example:
+    For example:
+
         mbctrl doctor
     """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -75,17 +78,41 @@ def with_overrides(config: RunConfig, arguments: list[str], scenario: str, file:
     """
     if not arguments:
         return config
+    said = io.StringIO()
     try:
-        changed = tyro.cli(
-            RunConfig, default=config, args=arguments, prog=f"mbctrl run {scenario}", description=f"Settings of {file}."
-        )
+        with contextlib.redirect_stderr(said):
+            about = f"Settings of {file}."
+            changed = tyro.cli(FixedRun, default=config, args=arguments, prog=f"mbctrl run {scenario}", description=about)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise SpecError(
-            f"{fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}", file="command line", key=f"--{key}"
-        ) from None
+        raise SpecError(f"{fault['msg']}, found {fault['input']!r}", file="command line", key=f"--{key}") from None
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise _one_line(said.getvalue()) from None
     return validate(RunConfig, merged(config.model_dump(), changed.model_dump()), "command line")
+
+
+def _one_line(box: str) -> SpecError:
+    """Return what tyro says in a box, over several lines, as an error of one line."""
+    text = " ".join(re.sub(r"[─-╿]+|-{5,}", " ", box).split())
+    fault = re.search(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+)(?: .*?`)? (.*?) \[type=\w+, input_value=(.*?), input_type", text
+    )
+    if fault:
+        group, field, message, found = fault.groups()
+        key = field if group == "RunConfig" else f"{group}.{field}"
+        return SpecError(f"{message}, found {found}", file="command line", key="--" + re.split(r"\.`|\.\w+-", key)[0])
+    text = re.split(r"Argument helptext|For full helptext|Full helptext|Available subcommands", text)[0]
+    text = re.sub(r" in mbctrl --help|Invalid choice (?=invalid)", "", text)
+    return SpecError(
+        re.sub(r"^(Value error|Invalid choice|Parsing error|Unrecognized options?)\s*", "", text).strip(), file="command line"
+    )
+
+
+# The goal's kind is the scenario's: no subcommands to choose another.
+FixedRun = tyro.conf.AvoidSubcommands[RunConfig]
 
 
 class _Line:
