@@ -68,9 +68,24 @@ def compile_model(source: str) -> mujoco.MjModel:
     if not Path(source).is_file():
         raise SpecError("no such file", file=source)
     try:
-        return mujoco.MjModel.from_xml_path(source)
+        return parse_model(source).compile()
     except (ValueError, mujoco.FatalError) as error:
         raise ModelError(f"does not compile: {error}", file=source) from None
+
+
+def parse_model(source: str) -> mujoco.MjSpec:
+    """Parse a file; a URDF's meshes that are not there (package:// paths) are left out: they carry no inertia."""
+    spec = mujoco.MjSpec.from_file(source)
+    if Path(source).suffix != ".urdf":
+        return spec
+    missing = {mesh.name for mesh in spec.meshes if not (Path(source).parent / spec.meshdir / mesh.file).is_file()}
+    if missing:
+        _log.warning("%s: %d meshes are not there and are left out", source, len(missing))
+    for geom in [geom for geom in spec.geoms if geom.meshname in missing]:
+        spec.delete(geom)
+    for mesh in [mesh for mesh in spec.meshes if mesh.name in missing]:
+        spec.delete(mesh)
+    return spec
 
 
 def _from_dm_control(name: str) -> mujoco.MjModel:
@@ -234,6 +249,7 @@ def _robot_from_mujoco(mj: mujoco.MjModel, tree: RigidTree, source: str) -> Robo
         if mj.actuator_trntype[a] == mujoco.mjtTrn.mjTRN_JOINT:
             top = abs(mj.actuator_ctrlrange[a]).max() if mj.actuator_ctrllimited[a] else 100.0
             motors[tree.joints[mj.actuator_trnid[a, 0]]] = float(top * abs(mj.actuator_gear[a, 0]))
+    own = {joint: float(abs(mj.jnt_actfrcrange[j]).max()) for j, joint in enumerate(tree.joints) if mj.jnt_actfrclimited[j]}
     driven = tuple(joint for joint in tree.joints if joint in motors) or tree.joints
     sites = [mj.site(s).name for s in range(mj.nsite)] or [mj.body(mj.nbody - 1).name]
     return Robot(
@@ -248,7 +264,7 @@ def _robot_from_mujoco(mj: mujoco.MjModel, tree: RigidTree, source: str) -> Robo
             position_lower=tuple(float(low) for low, _ in span),
             position_upper=tuple(float(high) for _, high in span),
             velocity=(100.0,) * tree.n,
-            effort=tuple(motors.get(joint, 100.0) for joint in driven),
+            effort=tuple(motors.get(joint, own.get(joint, 100.0)) for joint in driven),
         ),
         control=Control(mode="torque", rate=500.0, stiffness=(0.0,) * len(driven), damping=(0.0,) * len(driven)),
         path=Path(source),

@@ -8,6 +8,7 @@ import numpy as np
 from mbctrl.base.errors import ModelError
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.load import parse_model
 
 _KINDS = {"sphere": mujoco.mjtGeom.mjGEOM_SPHERE, "box": mujoco.mjtGeom.mjGEOM_BOX, "plane": mujoco.mjtGeom.mjGEOM_PLANE}
 _FAR = 2.0  # [m], distances are not followed beyond
@@ -61,7 +62,7 @@ class Monitor:
 
 
 def _with_obstacles(path: str, obstacles: tuple[Obstacle, ...]) -> mujoco.MjModel:
-    spec = mujoco.MjSpec.from_file(path)
+    spec = parse_model(path)
     for obstacle in obstacles:
         body = spec.worldbody.add_body(name=f"obstacle:{obstacle.name}", mocap=True, pos=obstacle.position)
         size = [*obstacle.size, 0, 0, 0][:3] if obstacle.shape != "plane" else [0, 0, 0.01]
