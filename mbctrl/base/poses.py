@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -32,19 +34,20 @@ def rotation_from_quaternion(quaternion: np.ndarray) -> np.ndarray:
 def quaternion_from_rotation(rotation: np.ndarray) -> np.ndarray:
     """Return the unit quaternion (w, x, y, z) of a (3, 3) rotation, w >= 0.
 
-    Source: the eigenvector form of Bar-Itzhack, "New method for extracting the quaternion from a rotation matrix" (2000).
+    Source: Shepperd, "Quaternion from rotation matrix" (1978): divide by the largest component.
     """
-    r = np.asarray(rotation)
-    k = np.array(
-        [
-            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
-            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
-            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
-            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
-        ]
-    )
-    x, y, z, w = np.linalg.eigh(k / 3)[1][:, -1]
-    return np.array([w, x, y, z]) * (1 if w >= 0 else -1)
+    (a, b, c), (d, e, f), (g, h, i) = np.asarray(rotation, float).tolist()
+    squares = (a + e + i, a - e - i, e - a - i, i - a - e)  # 4 w² - 1, 4 x² - 1, …
+    largest = max(range(4), key=squares.__getitem__)
+    twice = math.sqrt(max(1.0 + squares[largest], 0.0))
+    rest = (
+        (twice**2, h - f, c - g, d - b),
+        (h - f, twice**2, b + d, c + g),
+        (c - g, b + d, twice**2, f + h),
+        (d - b, c + g, f + h, twice**2),
+    )[largest]
+    quaternion = np.array(rest) * (0.5 / twice)
+    return -quaternion if quaternion[0] < 0 else quaternion
 
 
 def angle_between(a: np.ndarray, b: np.ndarray) -> float:

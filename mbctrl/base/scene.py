@@ -21,6 +21,11 @@ class Target(Spec):
     position: Point
     rpy: Point | None = None
 
+    @cached_property
+    def rotation(self) -> np.ndarray | None:
+        """The orientation, (3, 3), or None."""
+        return None if self.rpy is None else rotation_from_rpy(np.asarray(self.rpy))
+
 
 class PoseGoal(Spec):
     """Tool poses to reach one after the other; one counts when held within both tolerances for ``hold`` seconds."""
@@ -35,9 +40,9 @@ class PoseGoal(Spec):
         """Return target ``index`` at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""
         target = self.targets[min(index, len(self.targets) - 1)]
         position = np.broadcast_to(np.asarray(target.position, float), (len(t), 3))
-        if target.rpy is None:
+        if target.rotation is None:
             return position, None
-        return position, np.broadcast_to(rotation_from_rpy(np.asarray(target.rpy)), (len(t), 3, 3))
+        return position, np.broadcast_to(target.rotation, (len(t), 3, 3))
 
 
 class FigureEightGoal(Spec):
