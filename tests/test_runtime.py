@@ -244,9 +244,9 @@ class FakePort(PlannerPort):
         return self._ready is not None
 
 
-def constant(request: PlanRequest, seq: int, value: float = 0.25, length: float = 1.0, **changes: Any) -> Plan:
-    """Return a plan that holds one reference from the time it was asked for."""
-    t0 = request.stamp + request.latency
+def constant(request: PlanRequest, seq: int, value: float = 0.25, length: float = 1.0, ahead: bool = True, **changes: Any) -> Plan:
+    """Return a plan that holds one reference from the time it was asked for (``ahead``), or from its stamp."""
+    t0 = request.stamp + request.latency * ahead
     return replace(Plan(seq, request.stamp, t0, length / 10, np.full((11, 2), value)), **changes)
 
 
@@ -317,17 +317,17 @@ def test_a_plan_that_grew_stale_gives_way_to_a_latched_hold() -> None:
 
 def test_a_plan_that_ran_out_is_not_followed() -> None:
     def short(request: PlanRequest, seq: int) -> Plan:
-        return constant(request, seq, length=0.1) if seq == 1 else constant(request, seq, value=np.nan)
+        return constant(request, seq, length=0.1, ahead=False) if seq == 1 else constant(request, seq, value=np.nan)
 
-    _, _, ticks = run(FakePort(short), duration=0.3, stale=9.0, predict=False)
+    _, _, ticks = run(FakePort(short), duration=0.3, stale=9.0)
     assert [tick.t for tick in ticks if tick.holding][2] == pytest.approx(0.11)
 
 
 def test_a_hold_ends_with_the_next_plan() -> None:
     def slow(request: PlanRequest, seq: int) -> Plan:
-        return constant(request, seq, length=0.1)
+        return constant(request, seq, length=0.1, ahead=False)
 
-    _, driver, ticks = run(FakePort(slow, latency=0.2), duration=0.9, predict=False, stale=0.25)
+    _, driver, ticks = run(FakePort(slow, latency=0.2), duration=0.9, stale=0.25)
     flags = [tick.holding for tick in ticks]
     assert sum(a and not b for a, b in zip(flags, flags[1:])) == 0  # every plan arrives exhausted: it was 0.1 s long
     _, driver, ticks = run(FakePort(constant, latency=0.2), duration=0.9, predict=False, stale=0.25)
@@ -335,6 +335,12 @@ def test_a_hold_ends_with_the_next_plan() -> None:
     assert sum(a and not b for a, b in zip(flags, flags[1:])) >= 2
     anew = [driver.written[i + 1].q_ref[0] for i, (a, b) in enumerate(zip(flags, flags[1:])) if b and not a]
     assert len(set(anew)) == len(anew)  # each hold is where the arm is then
+
+
+def test_without_prediction_a_plan_is_followed_from_its_start_when_it_comes() -> None:
+    _, _, ticks = run(FakePort(constant, latency=0.1), predict=False)
+    first = next(tick for tick in ticks if tick.arrived)
+    assert first.t == pytest.approx(0.1) and first.plan.t0 == pytest.approx(0.1) and first.plan.stamp == 0.0
 
 
 @pytest.mark.parametrize(("latency", "late"), [(0.02, 0), (0.06, 0), (0.09, 1)])

@@ -25,14 +25,19 @@ def test_panda_reaches_a_pose_within_its_limits(tmp_path):
     assert np.nanmin(log["error.position"]) < 0.005
 
 
-def test_planning_latency_costs_nothing_when_predicted(tmp_path):
+def test_prediction_removes_what_planning_latency_costs(tmp_path):
     short = {"duration": 3.5, "backend": {"start_noise": 0.0}}
     error = {}
-    for latency in (0.0, 0.05):
-        run("panda_track_sim", tmp_path / str(latency), loop={"latency": latency, "rate": 20.0}, **short)
-        log = read_log(tmp_path / str(latency) / "log.csv")
-        error[latency] = float(np.sqrt(np.mean(log["error.position"][log["t"] > 1.5] ** 2)))
-    assert error[0.05] <= 1.1 * error[0.0], error
+    for name, loop in {
+        "none": {"latency": 0.0},
+        "predicted": {"latency": 0.05},
+        "ignored": {"latency": 0.05, "predict": False},
+    }.items():
+        run("panda_track_sim", tmp_path / name, loop={**loop, "rate": 20.0}, **short)
+        log = read_log(tmp_path / name / "log.csv")
+        error[name] = float(np.sqrt(np.mean(log["error.position"][log["t"] > 1.5] ** 2)))
+    assert error["predicted"] <= 1.1 * error["none"], error
+    assert error["ignored"] >= 1.3 * error["none"], error
 
 
 def test_panda_keeps_clear_of_the_ball(tmp_path):

@@ -55,8 +55,10 @@ class LoopSpec(Spec):
     """The control loop around the planner.
 
     ``rate`` is how often a plan is asked for [Hz]; ``predict`` plans from the state expected when the plan will be
-    ready; ``latency`` [s] is the planner's latency in lockstep; ``blend`` [s] smooths the change of plans; a plan whose
-    state is older than ``stale`` [s] is no longer followed. ``feedback`` gains pull torque-mode arms to the planned state.
+    ready (without it a plan starts from the measured state and is followed from its start whenever it comes, as if
+    planning took no time: for comparison); ``latency`` [s] is the planner's latency in lockstep; ``blend`` [s] smooths
+    the change of plans; a plan whose state is older than ``stale`` [s] is no longer followed. ``feedback`` gains pull
+    torque-mode arms to the planned state.
     """
 
     rate: Positive = 25.0

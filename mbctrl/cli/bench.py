@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import operator
 import os
 import sys
@@ -38,7 +39,8 @@ def bench(name: str, quick: bool, as_json: bool) -> int:
     with progress.status(f"{name} …") as status:
         rows = module.rows(quick, lambda text: status.update(f"{name}: {text} …"))
     if as_json:
-        print(json.dumps(rows))
+        finite = [{**row, "value": row["value"] if math.isfinite(row["value"]) else None} for row in rows]
+        print(json.dumps(finite, allow_nan=False))
         return 0
     _table(name, rows, quick)
     return 0

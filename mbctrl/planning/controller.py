@@ -49,9 +49,10 @@ class MpcController:
         steps = max(1, round(spec.horizon / config.dynamics.dt))
         self.analytic = _analytic(config, model)
         self.dynamics = self.analytic if config.dynamics.backend == "torch" else _simulator(config, model)
+        self._at = 1.0 if robot.control.mode == "impedance" and config.dynamics.backend == "torch" else 0.5
         like: dict[str, Any] = {"dtype": self.analytic.dtype, "device": self.analytic.device}
         try:
-            self.knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, **like)
+            self.knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, self._at, **like)
         except ValueError as error:
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
@@ -165,7 +166,7 @@ class MpcController:
             h = request.latency / count
             model, state = self.analytic.with_dt(h), self._tensor(x)[:, None]
             for k in range(count):
-                state = model.step(state, self._tensor(follower.command(t + (k + 0.5) * h))[:, None])
+                state = model.step(state, self._tensor(follower.command(t + (k + self._at) * h))[:, None])
             x = state[:, 0].cpu().double().numpy()
         return x, follower.command(t + request.latency)
 

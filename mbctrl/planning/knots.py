@@ -21,6 +21,9 @@ class Knots:
         steps: horizon steps H.
         dt: [s].
         interpolation: one of INTERPOLATIONS.
+        at: where in its step a command is taken, 0 to 1. The middle for a torque, which the model holds; the end for a
+            servo's reference, which the implicit servo compares with the state at the step's end (the middle would add
+            half a step of lag to the model).
         dtype, device: of ``basis``.
     """
 
@@ -30,6 +33,7 @@ class Knots:
         steps: int,
         dt: float,
         interpolation: str = "cubic",
+        at: float = 0.5,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -42,8 +46,7 @@ class Knots:
         self.duration = steps * dt
         self.times = np.arange(count) * self.duration / count if interpolation == "zero" else np.linspace(0, self.duration, count)
         self._like = {"dtype": dtype, "device": device}
-        # A step's command is held in the rollout, so it is the curve's value in the middle of the step.
-        self.basis = torch.as_tensor(self.weights((np.arange(steps) + 0.5) * dt), **self._like)
+        self.basis = torch.as_tensor(self.weights((np.arange(steps) + at) * dt), **self._like)
 
     def weights(self, t: np.ndarray) -> np.ndarray:
         """Return the (T, K) matrix from knots to the command at times ``t`` [s] after the horizon's start, (T,)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -175,6 +175,8 @@ class ControlLoop:
         if self._pending is None or self._pending.t0 > t + 1e-9:
             return None, 0.0
         plan, self._pending = self._pending, None
+        if not self.spec.predict:
+            plan = replace(plan, t0=t)
         self.follower.switch(plan, t)
         if self._held is not None and self.spec.blend > 0:  # the jump to smooth out is from the hold, not from a plan long gone
             self.follower.resume(plan, Following(plan.seq, t, self._holding() - plan.command(t)))
