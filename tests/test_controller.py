@@ -99,8 +99,9 @@ def test_the_planned_states_follow_from_the_planned_commands(name: str, models: 
     on_samples = {"interpolation": "linear", "knots": 6}  # a knot each second sample
     controller = MpcController(config(name, planner=on_samples), models[name])
     plan = controller.plan(PlanRequest(0.0, moving(models[name])))
-    middle = np.stack([plan.command((k + 0.5) * 0.04) for k in range(10)])
-    start, commands = (torch.tensor(part[..., None], dtype=torch.float32) for part in (plan.x[0], middle))
+    at = 0.5 if name == "arm2" else 1.0  # a torque is held, a servo's reference counts at the step's end
+    taken = np.stack([plan.command((k + at) * 0.04) for k in range(10)])
+    start, commands = (torch.tensor(part[..., None], dtype=torch.float32) for part in (plan.x[0], taken))
     states = controller.analytic.rollout(start, commands)
     np.testing.assert_allclose(states[..., 0], plan.x, atol=2e-4)
 
