@@ -234,4 +234,4 @@ def test_arm2_cannot_hold_itself_out() -> None:
     model = robot("arm2")
     gravity = ReferenceDynamics(model.tree).gravity(np.array([np.pi / 2, 0.0]))
     assert np.allclose(gravity, (13.1454, 2.3544), atol=1e-12), gravity
-    assert (gravity > model.robot.limits.effort).all()
+    assert gravity[0] > model.robot.limits.effort[0]

@@ -124,6 +124,14 @@ def test_the_rate_bound_is_hit_exactly() -> None:
     np.testing.assert_allclose(total(gate(state, torque(9.0, -4.0))[0], state), 0.95 * RATE * 0.004 * [1, -1], rtol=1e-12)
 
 
+def test_a_gap_in_the_loop_does_not_allow_a_jump() -> None:
+    gate = SafetyGate(arm(effort_rate=tuple(RATE)))
+    sent, _ = gate(measured(), hold(0.0, 0.0))
+    late = measured(q=[0.02, -0.01], stamp=0.5)  # the robot went on with the law it had
+    now = total(gate(late, torque(9.0, -4.0))[0], late)
+    assert (np.abs(now - total(sent, late)) <= RATE * 0.01).all()
+
+
 @pytest.mark.parametrize("stamp", [0.0, 0.01, 500.0])
 def test_the_first_command_may_not_jump_however_late_it_comes(stamp: float) -> None:
     gate, state = SafetyGate(arm(effort_rate=tuple(RATE))), measured(tau=[2, -1], stamp=stamp)

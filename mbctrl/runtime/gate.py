@@ -36,7 +36,8 @@ class SafetyGate:
         rate = limits.effort_rate
         self._rate = np.full(robot.nu, np.inf) if rate is None else np.asarray(rate) * _RATE_SHARE
         self._stiffness, self._damping = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
-        self._last: np.ndarray | None = None
+        self._period = 1 / robot.control.rate
+        self._last: JointCommand | None = None
         self._last_stamp = 0.0
         self.counts: Counter[str] = Counter()
 
@@ -61,9 +62,9 @@ class SafetyGate:
         q, v = state.q[self._pick], state.v[self._pick]
         wanted = command.at(q, v) + state.gravity
         total = self._within(q, v, wanted, state)
-        self._last, self._last_stamp = total, state.stamp
         if total is not wanted:
             command = replace(command, torque=command.torque + total - wanted)
+        self._last, self._last_stamp = command, state.stamp
         return command, self.counts.total() > before
 
     def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState) -> np.ndarray:
@@ -80,10 +81,11 @@ class SafetyGate:
             self.counts["torque"] += 1
             total = bounded
         if self._last is None:  # the first command: nothing is known of the time before
-            last, elapsed = state.tau.clip(-self._effort, self._effort), 0.0
-        else:
-            last, elapsed = self._last, state.stamp - self._last_stamp
-        step = self._rate * max(elapsed, 1e-4)
+            last, elapsed = state.tau, 0.0
+        else:  # what the robot applies now: its law went on while the loop was away, and a jump from there is felt at once
+            last, elapsed = self._last.at(q, v) + state.gravity, state.stamp - self._last_stamp
+        last = last.clip(-self._effort, self._effort)
+        step = self._rate * min(max(elapsed, 1e-4), self._period)
         limited = total.clip(last - step, last + step)
         if (limited != total).any():
             self.counts["torque rate"] += 1
