@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import DriverError, MbctrlError
+from mbctrl.base.errors import DriverError
 from mbctrl.base.extras import need
 from mbctrl.base.poses import quaternion_from_rotation, rotation_from_quaternion
-from mbctrl.cli.process import quiet_start
+from mbctrl.cli.process import answer, quiet_start
 
 Target = tuple[np.ndarray, np.ndarray | None]
 
@@ -32,10 +32,10 @@ class ViewerPort:
         self._process = context.Process(target=_serve, args=(theirs, config, file, port), daemon=True)
         quiet_start(self._process)
         theirs.close()
-        answer = self._pipe.recv() if self._pipe.poll(60) else DriverError("the viewer did not come up", key="viewer")
-        if isinstance(answer, BaseException):
-            raise answer
-        self.url: str = answer
+        said = self._pipe.recv() if self._pipe.poll(60) else DriverError("the viewer did not come up", key="viewer")
+        if isinstance(said, BaseException):
+            raise said
+        self.url: str = said
 
     def exchange(self, live: Any) -> Target | None:
         """Send what there is to see; return a target the user dragged, or None. Never waits."""
@@ -57,7 +57,9 @@ class ViewerPort:
 
 
 def _serve(pipe: Connection, config: RunConfig, file: Path, port: int) -> None:
-    try:
+    """Run the viewer's process: build, then draw the newest state until the pipe closes."""
+
+    def work() -> None:
         from mbctrl.dynamics.load import load_model
         from mbctrl.viewer import Viewer
 
@@ -68,16 +70,19 @@ def _serve(pipe: Connection, config: RunConfig, file: Path, port: int) -> None:
             message = pipe.recv()
             while pipe.poll():  # only the newest is worth drawing
                 message = pipe.recv()
-            t, q, target, fan, status = message
-            pose = None if target is None else (target[0], None if target[1] is None else quaternion_from_rotation(target[1]))
-            viewer.update(t, q, pose, [(obstacle, obstacle.at(t)[0]) for obstacle in config.obstacles], fan, status)
-            dragged = viewer.dragged()
+            dragged = _draw(viewer, config, *message)
             if dragged is not None:
-                free = target is not None and target[1] is None
-                pipe.send((dragged[0], None if free else rotation_from_quaternion(dragged[1])))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except MbctrlError as error:
-        pipe.send(error)
-    except Exception as error:
-        pipe.send(DriverError(f"the viewer failed: {type(error).__name__}: {error}", key="viewer"))
+                pipe.send(dragged)
+
+    answer(pipe, "viewer", work)
+
+
+def _draw(viewer: Any, config: RunConfig, t: float, q: np.ndarray, target: Target | None, fan: Any, status: str) -> Target | None:
+    """Show a state; return the target the user has dragged since, or None."""
+    pose = None if target is None else (target[0], None if target[1] is None else quaternion_from_rotation(target[1]))
+    viewer.update(t, q, pose, [(obstacle, obstacle.at(t)[0]) for obstacle in config.obstacles], fan, status)
+    dragged = viewer.dragged()
+    if dragged is None:
+        return None
+    any_orientation = target is not None and target[1] is None
+    return dragged[0], None if any_orientation else rotation_from_quaternion(dragged[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,7 +41,10 @@ class ProcessPort(PlannerPort):
     def submit(self, request: PlanRequest) -> None:
         """Send a request."""
         self._busy = True
-        self._pipe.send(request)
+        try:
+            self._pipe.send(request)
+        except OSError:
+            raise DriverError("the planner process died", key="planner") from None
 
     def poll(self, t: float) -> Plan | None:
         """Return the plan if it has come."""
@@ -84,19 +88,28 @@ def quiet_start(process: BaseProcess) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def answer(pipe: Connection, who: str, work: Callable[[], None]) -> None:
+    """Run a child process's ``work`` until its pipe closes; whatever it raises goes to the parent through the pipe."""
+    try:
+        work()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except MbctrlError as error:
+        pipe.send(error)
+    except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
+        pipe.send(DriverError(f"the {who} failed: {type(error).__name__}: {error}", key=who))
+
+
 def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:
     """Run the planner process: build, warm up, then one plan a request until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))  # one core stays with the control loop
-    try:
+
+    def work() -> None:
         from mbctrl.cli.build import build_controller
 
         controller = build_controller(config, file, warm=True)
         pipe.send(None)
         while True:
             pipe.send(controller.plan(pipe.recv()))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except MbctrlError as error:
-        pipe.send(error)
-    except Exception as error:
-        pipe.send(DriverError(f"the planner failed: {type(error).__name__}: {error}", key="planner"))
+
+    answer(pipe, "planner", work)

@@ -223,27 +223,20 @@ def _sigma(spec: PlannerSpec, nu: int, file: str | Path | None) -> np.ndarray:
 
 
 def _analytic(config: RunConfig, model: Model) -> RigidBodyDynamics:
-    robot = model.robot
-    return RigidBodyDynamics(
-        model.tree,
-        config.dynamics.dt,
-        actuation_of(robot),
-        commanded=robot.command_index,
-        effort_limit=robot.limits.effort,
-        gravity_compensation=robot.control.gravity_compensation,
-        integrator=config.dynamics.integrator,
-        device=config.dynamics.device,
-    )
+    dynamics = config.dynamics
+    return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
 
 
 def _simulator(config: RunConfig, model: Model) -> SimulatorDynamics:
+    return SimulatorDynamics(model.mj, config.dynamics.dt, **_drive(model), threads=config.dynamics.threads)
+
+
+def _drive(model: Model) -> dict[str, Any]:
+    """Return how the robot is actuated, as both models take it."""
     robot = model.robot
-    return SimulatorDynamics(
-        model.mj,
-        config.dynamics.dt,
-        actuation_of(robot),
-        commanded=robot.command_index,
-        effort_limit=robot.limits.effort,
-        gravity_compensation=robot.control.gravity_compensation,
-        threads=config.dynamics.threads,
-    )
+    return {
+        "actuation": actuation_of(robot),
+        "commanded": robot.command_index,
+        "effort_limit": robot.limits.effort,
+        "gravity_compensation": robot.control.gravity_compensation,
+    }
