@@ -38,6 +38,7 @@ class SafetyGate:
         self._stiffness, self._damping = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
         self._period = 1 / robot.control.rate
         self._last: JointCommand | None = None
+        self._total = np.zeros(robot.nu)
         self._last_stamp = 0.0
         self.counts: Counter[str] = Counter()
 
@@ -64,7 +65,7 @@ class SafetyGate:
         total = self._within(q, v, wanted, state)
         if total is not wanted:
             command = replace(command, torque=command.torque + total - wanted)
-        self._last, self._last_stamp = command, state.stamp
+        self._last, self._total, self._last_stamp = command, total, state.stamp
         return command, self.counts.total() > before
 
     def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState) -> np.ndarray:
@@ -80,10 +81,13 @@ class SafetyGate:
         if (bounded != total).any():
             self.counts["torque"] += 1
             total = bounded
+        elapsed = 0.0 if self._last is None else state.stamp - self._last_stamp
         if self._last is None:  # the first command: nothing is known of the time before
-            last, elapsed = state.tau, 0.0
-        else:  # what the robot applies now: its law went on while the loop was away, and a jump from there is felt at once
-            last, elapsed = self._last.at(q, v) + state.gravity, state.stamp - self._last_stamp
+            last = state.tau
+        elif elapsed < 1.5 * self._period:
+            last = self._total
+        else:  # the robot's law went on while the loop was away; a jump from where it is now is felt at once
+            last = self._last.at(q, v) + state.gravity
         last = last.clip(-self._effort, self._effort)
         step = self._rate * min(max(elapsed, 1e-4), self._period)
         limited = total.clip(last - step, last + step)
