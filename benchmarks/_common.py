@@ -54,5 +54,7 @@ def run_all(jobs: list[tuple[str, int, dict[str, Any]]], say: Say) -> list[Any]:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for done, summary in enumerate(pool.map(_one, jobs), 1):
             results.append(summary)
-            say(f"{done} of {len(jobs)} runs, last: {jobs[done - 1][0]}")
+            name, seed, _ = jobs[done - 1]
+            figure = f"return {summary.reward:.0f}" if summary.reward is not None else f"{len(summary.reached)} targets reached"
+            say(f"{done} of {len(jobs)} runs, last: {name} seed {seed}, {figure}, {len(summary.violations)} limits exceeded")
     return results

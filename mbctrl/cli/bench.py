@@ -37,7 +37,13 @@ def bench(name: str, quick: bool, as_json: bool) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with progress.status(f"{name} …") as status:
-        rows = module.rows(quick, lambda text: status.update(f"{name}: {text} …"))
+
+        def say(text: str) -> None:
+            status.update(f"{name}: {text} …")
+            if not progress.is_terminal:  # a log file keeps what was seen, should the bench be cut short
+                progress.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+
+        rows = module.rows(quick, say)
     if as_json:
         finite = [{**row, "value": row["value"] if math.isfinite(row["value"]) else None} for row in rows]
         print(json.dumps(finite, allow_nan=False))
