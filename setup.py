@@ -19,12 +19,14 @@ EXTRAS = {
     "sim": [
         "av>=14,<19",
         "dm-control>=1.0.30,<2",
+        "llvmlite>=0.46,<1",
         "matplotlib>=3.9,<4",
         "mujoco>=3.17,<4",
         "pin>=3.4,<5",
         "scipy>=1.13,<2",
         "torch>=2.6,<3",
     ],
+    "cuda": ["cuda-bindings>=13,<14", "cuda-core>=1,<2", "nvidia-cuda-nvrtc>=13,<14"],
     "viewer": ["trimesh>=4,<6", "viser>=1.1,<2"],
     "dev": ["pytest>=8,<10", "ruff>=0.8,<1", "websockets>=13,<17"],
 }

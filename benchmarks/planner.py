@@ -10,7 +10,7 @@ from _common import Say, median_time, row
 from mbctrl.base.spec import import_name
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise, Shape
-from mbctrl.planning.planner import Planner
+from mbctrl.planning.planner import Planner, TorchSearch
 from mbctrl.planning.rules import RULES
 
 
@@ -25,15 +25,9 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
         out.append(row(f"noise alone, N={samples}", alone * 1e6, "µs"))
         for name in RULES:
             say(f"{name}, {samples} samples")
-            planner = Planner(
-                lambda x, u, p: u[0, 0],
-                import_name(name, RULES)(),
-                knots,
-                noise,
-                sigma=torch.ones(7),
-                lower=-torch.ones(7),
-                upper=torch.ones(7),
-            )
+            bound = torch.ones(7)
+            search = TorchSearch(lambda x, u, p: u[0, 0], knots, noise, -bound, bound)
+            planner = Planner(search, import_name(name, RULES)(), knots, samples=samples, sigma=bound)
             state, x = planner.initial(torch.zeros(7)), torch.zeros(14)
             with torch.inference_mode():
                 used = median_time(lambda planner=planner, state=state: planner.iterate(state, x, None), 30)

@@ -28,7 +28,7 @@ def test_scenario_plans_and_steps(name, tmp_path):
     config, file = load_run(name)
     model = load_run_model(config, file)
     check_goal(config, model, file)
-    small = config.model_copy(update={"planner": config.planner.model_copy(update={"samples": 32}), "duration": 0.1})
+    small = config.model_copy(update={"planner": config.planner.model_copy(update={"samples": 256}), "duration": 0.1})
     still = tuple((np.asarray(obstacle.position, float), np.zeros(3)) for obstacle in config.obstacles)
     target = (np.zeros(3), None) if config.goal.kind == "backend" else None
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])

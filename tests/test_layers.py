@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
     "runtime": ({"base"}, {"numpy", "onnxruntime"}),
     "tasks": ({"base"}, {"numpy", "pydantic"}),
     "dynamics": ({"base"}, {"numpy", "torch", "mujoco", "pinocchio", "dm_control"}),
-    "kernels": ({"base", "tasks", "dynamics"}, {"numpy", "llvmlite"}),
+    "kernels": ({"base", "tasks", "dynamics"}, {"numpy", "llvmlite", "cuda"}),
     "planning": ({"base", "tasks", "dynamics", "kernels"}, {"numpy", "torch", "scipy", "pydantic"}),
     "sim": ({"base", "runtime", "dynamics"}, {"numpy", "mujoco"}),
     "report": ({"base", "runtime"}, {"numpy", "mujoco", "matplotlib", "av", "OpenGL"}),

@@ -15,7 +15,20 @@ from mbctrl.base.errors import SpecError
 from mbctrl.tasks import algebra, distance, terms
 from mbctrl.tasks.features import Features, RobotScales
 from mbctrl.tasks.task import build_task
-from mbctrl.tasks.terms import TERMS, Avoid, Effort, JointLimits, Posture, Reach, Smoothness, Term, Track, Velocity, VelocityLimits
+from mbctrl.tasks.terms import (
+    TERMS,
+    AccelerationLimits,
+    Avoid,
+    Effort,
+    JointLimits,
+    Posture,
+    Reach,
+    Smoothness,
+    Term,
+    Track,
+    Velocity,
+    VelocityLimits,
+)
 
 ROBOT = RobotScales(
     home=(0.1, -0.2),
@@ -23,12 +36,14 @@ ROBOT = RobotScales(
     position_upper=(1.0, 2.0),
     velocity=(2.0, 4.0),
     effort=(10.0, 5.0),
+    acceleration=(20.0, 8.0),
 )
 EYE = np.eye(3)
 HALF_TURN = np.diag([1.0, -1.0, -1.0])  # about x
 STILL = Features(
     q=np.array([0.1, -0.2]),
     v=np.zeros(2),
+    a=np.zeros(2),
     u=np.zeros(2),
     u_before=np.zeros(2),
     effort=np.zeros(2),
@@ -48,6 +63,7 @@ SETTINGS: list[Term] = [
     Posture(weight=1, wrap=True),
     Velocity(weight=1, joint_weights=(0.0, 2.0)),
     Velocity(weight=1, scale=0.5),
+    AccelerationLimits(weight=1, margin=0.3),
     Effort(weight=1),
     Smoothness(weight=1, scale=0.1),
     JointLimits(weight=1, margin=0.3),
@@ -159,6 +175,7 @@ def random_features(seed: int) -> Features:
     return Features(
         q=rng.uniform(-1.5, 1.5, 2) * (1, 2),
         v=rng.uniform(-3, 3, 2) * (1, 2),
+        a=rng.uniform(-30, 30, 2),
         u=rng.normal(size=2),
         u_before=rng.normal(size=2),
         effort=5 * rng.normal(size=2),
@@ -199,6 +216,7 @@ def shifted(**changes: Any) -> Features:
         (JointLimits(weight=1, margin=0.2), shifted(q=[0.9, -2.2]), 0.25 + 4.0),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[2.0, -4.0]), 2.0),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[-1.8, 4.8]), 0.25 + 4.0),
+        (AccelerationLimits(weight=1, margin=0.5), shifted(a=[20.0, -6.0]), 1.0 + 0.25),
         (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.03, 1]), np.array([-0.02, 0.055]))), 5.25),
     ],
 )
@@ -216,6 +234,7 @@ def test_a_still_arm_on_target_costs_nothing(term: Term) -> None:
     [
         (JointLimits(weight=1, margin=0.2), shifted(q=[0.8, -1.8])),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[1.6, -3.2])),
+        (AccelerationLimits(weight=1, margin=0.5), shifted(a=[10.0, -4.0])),
         (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.08, 0.0801]),))),
     ],
 )

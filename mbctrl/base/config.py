@@ -39,16 +39,18 @@ class PlannerSpec(Spec):
 
 
 class DynamicsSpec(Spec):
-    """The planner's model: ``torch`` the analytic one, ``mujoco`` the simulator; ``dt`` is its time step [s].
+    """The planner's model and its time step ``dt`` [s].
 
-    ``integrator`` is the analytic model's: ``euler`` for servo-controlled arms, ``leapfrog`` for free-swinging ones.
+    ``backend``: ``kernel`` the analytic model with the task's cost, compiled for this processor; ``torch`` the same in
+    torch; ``mujoco`` the simulator; ``auto`` the kernel where it can be, else torch with a warning. ``integrator`` is the
+    analytic model's: ``euler`` for servo-controlled arms, ``leapfrog`` for free-swinging ones.
     """
 
-    backend: Literal["torch", "mujoco"] = "torch"
+    backend: Literal["auto", "kernel", "torch", "mujoco"] = "auto"
     dt: Positive = 0.04
     integrator: Literal["euler", "leapfrog"] = "euler"
     device: str = "cpu"
-    threads: Annotated[int, Field(ge=0, strict=True)] = 0  # of the simulator; 0: all
+    threads: Annotated[int, Field(ge=0, strict=True)] = 0  # of kernel and simulator; 0: all
 
 
 class LoopSpec(Spec):

@@ -24,7 +24,9 @@ _PACKAGES = {
     "scipy": "sim",
     "matplotlib": "sim",
     "av": "sim",
+    "llvmlite": "sim",
     "viser": "viewer",
+    "cuda-core": "cuda",
 }
 
 
@@ -42,6 +44,7 @@ def doctor() -> int:
             table.add_row(package, f'[yellow]missing:[/] pip install "mbctrl\\[{extra}]"' if extra != "core" else "[red]missing[/]")
     table.add_section()
     table.add_row("cores", str(os.cpu_count()))
+    table.add_row("compiled rollouts", _compiler())
     table.add_row("accelerator", _accelerator())
     table.add_row("off-screen rendering", _rendering())
     table.add_row("real-time priority", _priority())
@@ -50,6 +53,18 @@ def doctor() -> int:
     table.add_row("found", ", ".join(f"{len(names(folder))} {folder}" for folder in ("robots", "controllers", "launch")))
     console.print(table)
     return 0
+
+
+def _compiler() -> str:
+    try:
+        from mbctrl.kernels.native import host
+
+        name, _, bits = host()
+        return f"for {name}, vectors of {bits} bits"
+    except ImportError:
+        return '[yellow]none:[/] pip install "mbctrl\\[sim]"'
+    except MbctrlError as error:
+        return f"[yellow]none:[/] {error}"
 
 
 def _accelerator() -> str:

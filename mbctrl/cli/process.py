@@ -102,7 +102,10 @@ def answer(pipe: Connection, who: str, work: Callable[[], None]) -> None:
 
 def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:
     """Run the planner process: build, warm up, then one plan a request until the pipe closes."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))  # one core stays with the control loop
+    spare = max(1, (os.cpu_count() or 2) - 1)  # one core stays with the control loop
+    os.environ.setdefault("OMP_NUM_THREADS", str(spare))
+    if config.dynamics.threads == 0:
+        config = config.model_copy(update={"dynamics": config.dynamics.model_copy(update={"threads": spare})})
 
     def work() -> None:
         from mbctrl.cli.build import build_controller

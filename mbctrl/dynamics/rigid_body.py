@@ -104,6 +104,7 @@ class RigidBodyDynamics:
         self._damping, self._friction = column(tree.damping), column(tree.friction)
         self._stiffness, self._spring = column(tree.stiffness), column(tree.spring_reference)
         self._has_friction, self._has_spring = bool(tree.friction.any()), bool(tree.stiffness.any())
+        self.effort_limit = effort_limit
         self._limit = None if effort_limit is None else column(np.asarray(effort_limit, float))
         self._identity = torch.eye(3, dtype=dtype, device=device)[:, :, None]
         self._full = self.commanded == list(range(tree.n))

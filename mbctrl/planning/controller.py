@@ -17,13 +17,11 @@ from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
 from mbctrl.base.spec import import_name
-from mbctrl.dynamics.actuation import actuation_of
 from mbctrl.dynamics.load import Model
-from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.dynamics.simulator import SimulatorDynamics
+from mbctrl.planning.backends import Parts, analytic_of, build_backend
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise, Shape
-from mbctrl.planning.objective import FeatureMap, Parameters, RolloutObjective
+from mbctrl.planning.objective import FeatureMap, Parameters
 from mbctrl.planning.planner import Planner, PlannerState, Result
 from mbctrl.planning.rules import RULES
 from mbctrl.planning.rules.base import Rule
@@ -47,9 +45,8 @@ class MpcController:
         self.config, self.model = config, model
         robot, spec = model.robot, config.planner
         steps = max(1, round(spec.horizon / config.dynamics.dt))
-        self.analytic = _analytic(config, model)
-        self.dynamics = self.analytic if config.dynamics.backend == "torch" else _simulator(config, model)
-        self._at = 1.0 if robot.control.mode == "impedance" and config.dynamics.backend == "torch" else 0.5
+        self.analytic = analytic_of(config, model)
+        self._at = 1.0 if robot.control.mode == "impedance" and config.dynamics.backend != "mujoco" else 0.5
         like: dict[str, Any] = {"dtype": self.analytic.dtype, "device": self.analytic.device}
         try:
             self.knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, self._at, **like)
@@ -58,21 +55,19 @@ class MpcController:
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
         task = build_task(config.task, scales_of(robot), file=file)
         self._check_needs(task.terms, file)
-        objective = RolloutObjective(self.dynamics, self.features, task, spec.discount)
         low, high = command_bounds(robot)
+        noise = Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like)
+        sigma = torch.as_tensor(_sigma(spec, robot.nu, file), **like)
+        rule = build_rule(config, file)
+        self.backend = build_backend(config, model, self.analytic, Parts(self.features, task, self.knots, noise, low, high), file)
+        self.dynamics = self.backend.dynamics
         self.planner = Planner(
-            objective,
-            build_rule(config, file),
-            self.knots,
-            Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like),
-            sigma=torch.as_tensor(_sigma(spec, robot.nu, file), **like),
-            lower=torch.as_tensor(low, **like),
-            upper=torch.as_tensor(high, **like),
-            iterations=spec.iterations,
-            growth=spec.growth,
+            self.backend.search, rule, self.knots, samples=spec.samples, sigma=sigma, iterations=spec.iterations, growth=spec.growth
         )
         self._like, self._steps = like, steps
         self._bounds = (low, high)
+        self._times = np.arange(steps + 1) * config.dynamics.dt
+        self._spread = self.knots.weights(self._times)
         self.reset()
 
     def reset(self) -> None:
@@ -101,17 +96,15 @@ class MpcController:
             return self._packed(request, x, t0, result, cpu)
 
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
-        dt, times = self.config.dynamics.dt, np.arange(self._steps + 1) * self.config.dynamics.dt
-        commands = (self.knots.weights(times) @ result.knots.cpu().double().numpy()).clip(*self._bounds)
-        middle = self.planner.commands(result.knots[..., None])
-        states = self.analytic.rollout(self._tensor(x)[:, None], middle)[:, :, 0].cpu().double().numpy()
+        commands = (self._spread @ result.knots.cpu().double().numpy()).clip(*self._bounds)
+        states = self._rollout(x, result.knots[..., None])[:, :, 0].cpu().double().numpy()
         self._seq += 1
         figures = result.figures._asdict()
         plan = Plan(
             seq=self._seq,
             stamp=request.stamp,
             t0=t0,
-            dt=dt,
+            dt=self.config.dynamics.dt,
             u=commands,
             x=states,
             info={**figures, "cpu": time.process_time() - cpu},
@@ -120,11 +113,17 @@ class MpcController:
         self._plans = {seq: old for seq, old in self._plans.items() if seq > self._seq - 4} | {self._seq: plan}
         return plan
 
+    def _rollout(self, x: np.ndarray, knots: Tensor) -> Tensor:
+        """Return the states (H+1, nx, N) that ``knots`` (K, nu, N) lead to from ``x``."""
+        low, high = (self._tensor(bound)[None, :, None] for bound in self._bounds)
+        return self.dynamics.rollout(
+            self._tensor(x)[:, None].expand(-1, knots.shape[-1]), self.knots.commands(knots).clamp(low, high)
+        )
+
     def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray:
         """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates."""
         best = result.weights.topk(min(count, len(result.weights))).indices
-        commands = self.planner.commands(result.candidates[:, :, best])
-        states = self.analytic.rollout(self._tensor(x)[:, None].expand(-1, len(best)), commands)
+        states = self._rollout(x, result.candidates[:, :, best])
         nq, horizon = self.analytic.nq, len(states)
         poses = self.analytic.poses(states[:, :nq].movedim(0, 1).reshape(nq, -1))
         position = self.analytic.frame(poses, self.features.tool)[1]
@@ -164,14 +163,13 @@ class MpcController:
         if request.latency > 0:
             count = int(np.ceil(request.latency / _PREDICTION_STEP))
             h = request.latency / count
-            model, state = self.analytic.with_dt(h), self._tensor(x)[:, None]
-            for k in range(count):
-                state = model.step(state, self._tensor(follower.command(t + (k + self._at) * h))[:, None])
-            x = state[:, 0].cpu().double().numpy()
+            commands = np.stack([follower.command(t + (k + self._at) * h) for k in range(count)])
+            states = self.dynamics.with_dt(h).rollout(self._tensor(x)[:, None], self._tensor(commands)[..., None])
+            x = states[-1, :, 0].cpu().double().numpy()
         return x, follower.command(t + request.latency)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array), **self._like)
+        return torch.from_numpy(np.array(array, np.float32)).to(self._like["device"])
 
     def _check_needs(self, terms: Any, file: str | Path | None) -> None:
         has_target = isinstance(self.config.goal, (PoseGoal, FigureEightGoal)) or self.config.goal.kind == "backend"
@@ -180,6 +178,8 @@ class MpcController:
                 raise SpecError(
                     f"needs a goal with a tool target, found goal.kind: {self.config.goal.kind}", file=file, key=f"task.{name}"
                 )
+            if term.needs == "acceleration" and self.model.robot.limits.acceleration is None:
+                raise SpecError("needs a robot with limits.acceleration, found none", file=file, key=f"task.{name}")
 
 
 def command_bounds(robot: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +193,9 @@ def command_bounds(robot: Any) -> tuple[np.ndarray, np.ndarray]:
 def scales_of(robot: Any) -> RobotScales:
     """Return the limits terms measure by."""
     limits = robot.limits
-    return RobotScales(robot.home, limits.position_lower, limits.position_upper, limits.velocity, limits.effort)
+    return RobotScales(
+        robot.home, limits.position_lower, limits.position_upper, limits.velocity, limits.effort, limits.acceleration
+    )
 
 
 def build_rule(config: RunConfig, file: str | Path | None = None) -> Rule:
@@ -220,23 +222,3 @@ def _sigma(spec: PlannerSpec, nu: int, file: str | Path | None) -> np.ndarray:
     if len(values) not in (1, nu):
         raise SpecError(f"expected 1 or {nu} values, found {len(values)}", file=file, key="planner.sigma")
     return np.linspace(spec.ramp, 1.0, spec.knots)[:, None] * np.broadcast_to(values, (nu,))
-
-
-def _analytic(config: RunConfig, model: Model) -> RigidBodyDynamics:
-    dynamics = config.dynamics
-    return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
-
-
-def _simulator(config: RunConfig, model: Model) -> SimulatorDynamics:
-    return SimulatorDynamics(model.mj, config.dynamics.dt, **_drive(model), threads=config.dynamics.threads)
-
-
-def _drive(model: Model) -> dict[str, Any]:
-    """Return how the robot is actuated, as both models take it."""
-    robot = model.robot
-    return {
-        "actuation": actuation_of(robot),
-        "commanded": robot.command_index,
-        "effort_limit": robot.limits.effort,
-        "gravity_compensation": robot.control.gravity_compensation,
-    }

@@ -46,6 +46,7 @@ class Knots:
         self.duration = steps * dt
         self.times = np.arange(count) * self.duration / count if interpolation == "zero" else np.linspace(0, self.duration, count)
         self._like = {"dtype": dtype, "device": device}
+        self._curve = CubicSpline(self.times, np.eye(count), bc_type="natural") if interpolation == "cubic" else None
         self.basis = torch.as_tensor(self.weights((np.arange(steps) + at) * dt), **self._like)
 
     def weights(self, t: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ class Knots:
             return np.eye(self.count)[index]
         if self.interpolation == "linear":
             return np.stack([np.interp(t, self.times, row) for row in np.eye(self.count)], axis=1)
-        return CubicSpline(self.times, np.eye(self.count), bc_type="natural")(t)
+        return self._curve(t)
 
     def commands(self, knots: Tensor) -> Tensor:
         """Return commands (H, nu, N) from ``knots`` (K, nu, N)."""

@@ -58,11 +58,14 @@ class FeatureMap:
         return torch.as_tensor(np.asarray(values, float), dtype=self.kinematics.dtype, device=self.kinematics.device)[:, None, None]
 
     def __call__(self, states: Tensor, commands: Tensor, parameters: Parameters) -> Features:
-        """Return the features of ``states`` (H, nx, N), each reached under ``commands`` (H, nu, N); rows are (H, N)."""
+        """Return the features of ``states`` (H+1, nx, N) after the first, each reached under ``commands`` (H, nu, N).
+
+        Rows are (H, N).
+        """
         nq, model = self.kinematics.nq, self.kinematics
-        horizon, _, samples = states.shape
+        horizon, _, samples = commands.shape
         x, u = states.to(model.dtype).movedim(0, 1), commands.movedim(0, 1)
-        q, v = x[:nq], x[nq:]
+        q, v = x[:nq, 1:], x[nq:, 1:]
         first = parameters.u_before[:, None, None].expand(-1, 1, samples)
         position = rotation = None
         clearances: tuple[Tensor, ...] = ()
@@ -76,6 +79,7 @@ class FeatureMap:
         return Features(
             q=q,
             v=v,
+            a=(v - x[nq:, :-1]) * (1.0 / model.dt),
             u=u,
             u_before=torch.cat((first, u[:, :-1]), 1),
             effort=u if self._gains is None else self._gains[0] * (u - q[pick]) - self._gains[1] * v[pick],
@@ -120,11 +124,11 @@ class RolloutObjective:
     def __call__(self, x: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
         """Return costs (N,) of ``commands`` (H, nu, N) from state ``x`` (nx,)."""
         states = self.dynamics.rollout(x[:, None].expand(-1, commands.shape[-1]), commands)
-        return self.cost(states[1:], commands, parameters)
+        return self.cost(states, commands, parameters)
 
     def cost(self, states: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
-        """Return costs (N,) of ``states`` (H, nx, N) reached under ``commands`` (H, nu, N)."""
-        horizon = len(states)
+        """Return costs (N,) of ``states`` (H+1, nx, N) reached under ``commands`` (H, nu, N)."""
+        horizon = len(commands)
         rows = self.task.costs(self.features(states, commands, parameters))
         when = self.dynamics.dt * self.discount ** torch.arange(horizon, dtype=states.dtype, device=states.device)
         total = torch.zeros(states.shape[-1], dtype=self.features.kinematics.dtype, device=states.device)

@@ -15,6 +15,7 @@ class Features:
 
     q: Any  # (nq) [rad]
     v: Any  # (nv) [rad/s]
+    a: Any  # (nv) mean acceleration over the step [rad/s²]
     u: Any  # (nu) commands: references [rad] or torques [N·m]
     u_before: Any  # (nu) the commands one step earlier
     effort: Any  # (nu) commanded joint torque without gravity compensation [N·m]
@@ -35,3 +36,4 @@ class RobotScales:
     position_upper: tuple[float, ...]  # [rad]
     velocity: tuple[float, ...]  # [rad/s]
     effort: tuple[float, ...]  # [N·m]
+    acceleration: tuple[float, ...] | None = None  # [rad/s²]

@@ -156,6 +156,24 @@ class VelocityLimits(Term):
         return total
 
 
+class AccelerationLimits(Term):
+    """Barrier at the joints' acceleration limits: zero below ``1 - margin`` of a limit, 1 at it, growing as the square.
+
+    The mean over a time step is what is held against the limit; shorter peaks are what the margin is for.
+    """
+
+    needs: ClassVar[str | None] = "acceleration"
+    margin: Annotated[Number, Field(gt=0, lt=1)] = 0.4
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        total = 0.0
+        for i, limit in enumerate(robot.acceleration or ()):
+            ratio = f.a[i] * (1.0 / limit)
+            over = positive(ratio - (1 - self.margin)) + positive(-(1 - self.margin) - ratio)
+            total = total + over * over * (1.0 / self.margin**2)
+        return total
+
+
 class Avoid(Term):
     """Keep every capsule of the arm ``margin`` [m] clear of every obstacle.
 
@@ -183,5 +201,6 @@ TERMS = {
     "smoothness": "mbctrl.tasks.terms:Smoothness",
     "joint_limits": "mbctrl.tasks.terms:JointLimits",
     "velocity_limits": "mbctrl.tasks.terms:VelocityLimits",
+    "acceleration_limits": "mbctrl.tasks.terms:AccelerationLimits",
     "avoid": "mbctrl.tasks.terms:Avoid",
 }

@@ -70,11 +70,6 @@ def ranked(costs: Tensor, count: int) -> Tensor:
     return index[torch.isfinite(values)]
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """Return 1 / sum w², Kish's effective sample size of normalised weights."""
-    return 1.0 / (weights * weights).sum(-1)
-
-
 def equal_weights(costs: Tensor, index: Tensor) -> Tensor:
     """Return weights (N,) shared equally by the candidates at ``index``."""
     return torch.zeros_like(costs).index_fill(0, index, 1.0 / len(index))

@@ -1,0 +1,266 @@
+"""Rigid-body dynamics of a tree of revolute and prismatic joints, written over scalars for tracing.
+
+Link frames, so that a robot's own zeros and right angles fold away. Sources: Luh, Walker and Paul, "On-line
+computational scheme for mechanical manipulators" (1980), for the recursive Newton-Euler bias; Walker and Orin,
+"Efficient dynamic computer simulation of robotic mechanisms" (1982), for the composite-rigid-body inertia;
+Featherstone, "Rigid Body Dynamics Algorithms" (2008), section 6.5, for the factorisation that keeps a branched tree's
+zeros; Gautier and Khalil, "Direct calculation of minimum set of inertial parameters of serial robots" (1990), for
+moving what a joint cannot tell apart to its parent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mbctrl.dynamics.tree import Frame, RigidTree
+from mbctrl.kernels.graph import tidy
+
+Array = np.ndarray  # of dtype object: Scalars and floats
+
+
+@dataclass
+class Body:
+    """A link's inertia at its frame's origin: ``mass``, first ``moment`` (3,), rotational ``inertia`` (3, 3)."""
+
+    mass: Any
+    moment: Array
+    inertia: Array
+
+
+@dataclass
+class Motion:
+    """What a step needs of the equation of motion M a + bias + gravity = tau: M (n, n), bias and gravity (n,)."""
+
+    mass_matrix: Array
+    bias: Array
+    gravity: Array
+
+
+class TracedArm:
+    """The arm's constants, tidied, its inertias regrouped.
+
+    Args:
+        tree: the arm; ``mass``, ``com``, ``inertia``, ``armature``, ``damping`` and ``friction`` may be arrays of Scalars
+            (parameters that change at run time).
+    """
+
+    def __init__(self, tree: RigidTree) -> None:
+        self.tree, self.n = tree, tree.n
+        self.rotation = [_tidied(r) for r in tree.fixed_rotation]
+        self.position = [_tidied(p) for p in tree.fixed_position]
+        self.gravity = _tidied(tree.gravity)
+        self.bodies = self._regrouped([_at_origin(tree.mass[i], tree.com[i], tree.inertia[i]) for i in range(tree.n)])
+
+    def _regrouped(self, bodies: list[Body]) -> list[Body]:
+        """Move to each parent what the joint cannot tell apart: same motion, fewer numbers, no longer each a body's."""
+        for i in reversed(range(self.n)):
+            body, parent = bodies[i], self.tree.parent[i]
+            if self.tree.revolute[i]:
+                across = body.inertia[1, 1]
+                moved = Body(body.mass, _vector(0.0, 0.0, body.moment[2]), np.diag(_vector(across, across, 0.0)))
+            else:
+                moved = Body(0.0, _vector(0.0, 0.0, 0.0), body.inertia)
+            bodies[i] = Body(body.mass - moved.mass, body.moment - moved.moment, body.inertia - moved.inertia)
+            if parent >= 0:  # what reaches the world never moves
+                bodies[parent] = _sum(bodies[parent], _carried(moved, self.rotation[i], self.position[i]))
+        for body in bodies:
+            scale = max((abs(x) for x in (*body.moment, *body.inertia.flat, body.mass) if isinstance(x, float)), default=1.0)
+            body.moment, body.inertia = _tidied(body.moment, scale or 1.0), _tidied(body.inertia, scale or 1.0)
+        return bodies
+
+    def turns(self, q: Array, sine: Array, cosine: Array) -> tuple[list[Array], list[Array]]:
+        """Return each link's rotation (3, 3) and position (3,) in its parent, from joint values and their sin and cos.
+
+        Entries of ``q`` count from the joint's reference.
+        """
+        rotations, positions = [], []
+        for i in range(self.n):
+            fixed, offset = self.rotation[i], self.position[i]
+            if self.tree.revolute[i]:
+                s, c = sine[i], cosine[i]
+                x, y, z = fixed.T
+                rotations.append(np.stack([x * c + y * s, y * c - x * s, z], 1))
+                positions.append(offset)
+            else:
+                rotations.append(fixed)
+                positions.append(offset + fixed[:, 2] * q[i])
+        return rotations, positions
+
+    def motion(self, rotations: list[Array], positions: list[Array], v: Array) -> Motion:
+        """Return M(q) with armature, bias and gravity torque."""
+        children = [[k for k in range(self.n) if self.tree.parent[k] == i] for i in range(self.n)]
+        spin, falls = self._bias_wrenches(rotations, positions, v)
+        forces, torques = spin
+        bias, gravity = _zeros(self.n), _zeros(self.n)
+        matrix = _zeros(self.n, self.n)
+        composites: list[Body] = [None] * self.n  # type: ignore[list-item]
+        for i in reversed(range(self.n)):
+            total = self.bodies[i]
+            for k in children[i]:
+                force = rotations[k] @ forces[k]
+                forces[i] = forces[i] + force
+                torques[i] = torques[i] + rotations[k] @ torques[k] + np.cross(positions[k], force)
+                total = _sum(total, _carried(composites[k], rotations[k], positions[k]))
+            composites[i] = total
+            if self.tree.revolute[i]:
+                bias[i] = torques[i][2]
+                gravity[i] = total.moment[1] * falls[i][0] - total.moment[0] * falls[i][1]
+                force, torque = _vector(-total.moment[1], total.moment[0], 0.0), total.inertia[:, 2]
+            else:
+                bias[i] = forces[i][2]
+                gravity[i] = -total.mass * falls[i][2]
+                force, torque = _vector(0.0, 0.0, total.mass), _vector(total.moment[1], -total.moment[0], 0.0)
+            self._column(matrix, i, force, torque, rotations, positions)
+        return Motion(matrix, bias, gravity)
+
+    def _column(self, matrix: Array, i: int, force: Array, torque: Array, rotations: list[Array], positions: list[Array]) -> None:
+        """Fill row ``i`` of M: the wrench that a unit acceleration of joint i takes, felt by i and its ancestors."""
+        j = i
+        while True:
+            matrix[i, j] = torque[2] if self.tree.revolute[j] else force[2]
+            if self.tree.parent[j] < 0:
+                break
+            force = rotations[j] @ force
+            torque = rotations[j] @ torque + np.cross(positions[j], force)
+            j = self.tree.parent[j]
+        matrix[i, i] = matrix[i, i] + self.tree.armature[i]
+
+    def _bias_wrenches(self, rotations: list[Array], positions: list[Array], v: Array) -> tuple[Any, list[Array]]:
+        """Return each link's own inertial force and torque at zero joint acceleration, and gravity in its frame."""
+        spins, turnings, drives, falls = [], [], [], []
+        forces, torques = [], []
+        for i in range(self.n):
+            parent, down, body = self.tree.parent[i], rotations[i].T, self.bodies[i]
+            rest = _vector(0.0, 0.0, 0.0)
+            spin, turning, drive = rest, rest, rest
+            fall = self.gravity if parent < 0 else falls[parent]
+            if parent >= 0:
+                spin, turning = down @ spins[parent], down @ turnings[parent]
+                whirl = _whirl(spins[parent], turnings[parent])
+                drive = down @ (drives[parent] + whirl @ positions[i])
+            if self.tree.revolute[i]:
+                turning = turning + _vector(spin[1] * v[i], -spin[0] * v[i], 0.0)
+                spin = spin + _vector(0.0, 0.0, v[i])
+            else:
+                drive = drive + _vector(spin[1] * (2 * v[i]), -spin[0] * (2 * v[i]), 0.0)
+            spins.append(spin)
+            turnings.append(turning)
+            drives.append(drive)
+            falls.append(down @ fall)
+            own = _whirl(spin, turning)
+            forces.append(body.mass * drive + own @ body.moment)
+            torques.append(body.inertia @ turning + np.cross(spin, body.inertia @ spin) + np.cross(body.moment, drive))
+        return (forces, torques), falls
+
+    def solve(self, matrix: Array, right: Array) -> Array:
+        """Return M⁻¹ ``right``; M as its lower triangle, factored Lᵀ D L along the tree so that no zero fills in."""
+        parent, h, x = self.tree.parent, matrix.copy(), right.copy()
+        inverse = _zeros(self.n)
+        for k in reversed(range(self.n)):
+            inverse[k] = 1.0 / h[k, k]
+            i = parent[k]
+            while i >= 0:
+                share, j = h[k, i] * inverse[k], i
+                while j >= 0:
+                    h[i, j] = h[i, j] - share * h[k, j]
+                    j = parent[j]
+                h[k, i] = share
+                x[i] = x[i] - share * x[k]  # k is done with: nothing below it is left
+                i = parent[i]
+        for k in range(self.n):
+            x[k] = x[k] * inverse[k]
+            i = parent[k]
+            while i >= 0:
+                x[k] = x[k] - h[k, i] * x[i]
+                i = parent[i]
+        return x
+
+    def world(self, rotations: list[Array], positions: list[Array], links: set[int]) -> dict[int, tuple[Array, Array]]:
+        """Return world rotation (3, 3) and position (3,) of ``links`` (-1: the world itself)."""
+        out: dict[int, tuple[Array, Array]] = {-1: (_tidied(np.eye(3)), _vector(0.0, 0.0, 0.0))}
+
+        def pose(link: int) -> tuple[Array, Array]:
+            if link not in out:
+                r, p = pose(self.tree.parent[link])
+                out[link] = (r @ rotations[link], p + r @ positions[link])
+            return out[link]
+
+        for link in links:
+            pose(link)
+        return out
+
+
+def frame_in_world(poses: dict[int, tuple[Array, Array]], frame: Frame) -> tuple[Array, Array]:
+    """Return a fixed frame's world rotation (3, 3) and position (3,)."""
+    r, p = poses[frame.link]
+    return r @ _tidied(frame.rotation), p + r @ _tidied(frame.position)
+
+
+def _whirl(spin: Array, turning: Array) -> Array:
+    """Return [turning]x + [spin]x [spin]x, the matrix from an offset to its acceleration."""
+    (x, y, z), (a, b, c) = spin, turning
+    xx, yy, zz, xy, xz, yz = x * x, y * y, z * z, x * y, x * z, y * z
+    rows = [[-(yy + zz), xy - c, xz + b], [xy + c, -(xx + zz), yz - a], [xz - b, yz + a, -(xx + yy)]]
+    return np.array(rows, dtype=object)
+
+
+def _carried(body: Body, rotation: Array, position: Array) -> Body:
+    """Return a body's inertia in its parent's frame and about the parent's origin."""
+    moment, turned = rotation @ body.moment, _turned(body.inertia, rotation)
+    shifted = moment + body.mass * position
+    # I' = R I Rᵀ + (p·(2 h + m p)) 1 - (h pᵀ + p hᵀ + m p pᵀ), h the turned moment
+    half = moment + (0.5 * body.mass) * position
+    outer = np.outer(half, position)
+    spread = 2.0 * (half @ position)
+    inertia = turned + spread * _tidied(np.eye(3)) - outer - outer.T
+    return Body(body.mass, shifted, _symmetric(inertia))
+
+
+def _turned(inertia: Array, rotation: Array) -> Array:
+    """Return R I Rᵀ of a symmetric I, each entry once."""
+    half = rotation @ inertia
+    out = np.empty((3, 3), dtype=object)
+    for i in range(3):
+        for j in range(i + 1):
+            out[i, j] = out[j, i] = half[i] @ rotation[j]
+    return out
+
+
+def _symmetric(matrix: Array) -> Array:
+    out = matrix.copy()
+    for i in range(3):
+        for j in range(i):
+            out[j, i] = out[i, j]
+    return out
+
+
+def _sum(a: Body, b: Body) -> Body:
+    return Body(a.mass + b.mass, a.moment + b.moment, _symmetric(a.inertia + b.inertia))
+
+
+def _at_origin(mass: Any, com: Array, inertia: Array) -> Body:
+    """Return a link's inertia about its frame's origin from mass, com (3,) and inertia about the com (3, 3)."""
+    com, inertia = np.asarray(com, dtype=object), np.asarray(inertia, dtype=object)
+    shift = (com @ com) * _tidied(np.eye(3)) - np.outer(com, com)
+    return Body(mass if not isinstance(mass, np.generic) else float(mass), mass * com, _symmetric(inertia + mass * shift))
+
+
+def _tidied(array: Any, scale: float = 1.0) -> Array:
+    array = np.asarray(array, dtype=object)
+    out = np.empty(array.shape, dtype=object)
+    for index, value in np.ndenumerate(array):
+        out[index] = tidy(float(value), scale) if isinstance(value, (float, int, np.generic)) else value
+    return out
+
+
+def _vector(*values: Any) -> Array:
+    out = np.empty(len(values), dtype=object)
+    out[:] = values
+    return out
+
+
+def _zeros(*shape: int) -> Array:
+    return np.full(shape, 0.0, dtype=object)

@@ -1,0 +1,226 @@
+"""From a robot and its task to programs: the step alone, and the rollout with the task's cost inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.tree import Frame, RigidTree
+from mbctrl.kernels.graph import Graph
+from mbctrl.kernels.program import Program
+from mbctrl.kernels.rigid_body import Array, TracedArm, frame_in_world
+from mbctrl.kernels.step import Drive, TracedStep
+from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
+from mbctrl.tasks.features import Features
+from mbctrl.tasks.task import Task
+
+PARAMETERS = ("mass", "com", "inertia", "armature", "damping", "friction")
+"""Fields of the tree that may be inputs of a program, in the order of their values."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Which targets a task is given; their values are inputs."""
+
+    position: bool = False
+    rotation: bool = False
+    joints: bool = False
+
+
+class Inputs:
+    """Hands out the inputs of a kind in order and remembers where each name's values lie."""
+
+    def __init__(self, graph: Graph, kind: str) -> None:
+        self.graph, self.kind, self.size = graph, kind, 0
+        self.places: dict[str, slice] = {}
+
+    def array(self, name: str, *shape: int) -> Array:
+        """Return new inputs as an object array; their values are the array's, row by row."""
+        count = int(np.prod(shape))
+        self.places[name] = slice(self.size, self.size + count)
+        out = _inputs(self.graph, self.kind, range(self.size, self.size + count)).reshape(shape)
+        self.size += count
+        return out
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program, and where its inputs lie: name to slice, of a table's columns and of the uniforms."""
+
+    program: Program
+    table: dict[str, slice]
+    uniform: dict[str, slice]
+    sample: dict[str, slice]
+    terms: tuple[str, ...] = ()
+
+
+def trace_dynamics(tree: RigidTree, drive: Drive, parameters: Sequence[str] = (), each: bool = False) -> Traced:
+    """Trace an arm's step; the time step [s] is the uniform ``dt``.
+
+    Args:
+        tree, drive: the arm.
+        parameters: names of PARAMETERS to take as inputs, shapes as the tree's.
+        each: every sample has its own parameters (domain randomisation); else one set for the rollout.
+    """
+    graph = Graph()
+    kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
+    h = kinds["uniform"].array("dt", 1)[0]
+    source = kinds["sample" if each else "uniform"]
+    given = {name: source.array(name, *np.shape(getattr(tree, name))) for name in parameters}
+    step = TracedStep(TracedArm(replace(tree, **given)), drive, h)
+    carry = _Carry(graph, step, len(drive.commanded))
+    return _finished(carry, *carry.advance(), kinds)
+
+
+def trace_objective(
+    tree: RigidTree,
+    drive: Drive,
+    dt: float,
+    tool: Frame,
+    task: Task,
+    goal: Goal,
+    obstacles: Sequence[Obstacle] = (),
+) -> Traced:
+    """Trace an arm's step with its task's cost.
+
+    The table has a column a term, what its cost rate counts in that step (weight, discount and dt multiplied), then
+    ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``u_before`` (nu) and
+    ``q_target`` (nq).
+
+    Errors:
+        TypeError: where a term does something a traced value has no meaning for.
+    """
+    graph = Graph()
+    kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
+    table, uniform = kinds["table"], kinds["uniform"]
+    terms = tuple(name for name, term in task.terms.items() if term.weight > 0)
+    factors = table.array("terms", len(terms))
+    step = TracedStep(TracedArm(tree), drive, dt)
+    carry = _Carry(graph, step, len(drive.commanded))
+    before = uniform.array("u_before", len(drive.commanded))
+    last = carry.add(before)
+    q, v, where_q = carry.advance()
+    u = carry.u
+    position = rotation = None
+    clearances: tuple[Array, ...] = ()
+    if goal.position or obstacles:
+        links = {tool.link} | ({c.link for c in tree.capsules} if obstacles else set())
+        turns = step.arm.turns(*(where_q if where_q is not None else step.angles(q)))
+        poses = step.arm.world(*turns, links)
+        rotation, position = frame_in_world(poses, tool)
+        clearances = tuple(_clearances(tree, poses, o, table.array(f"obstacle.{k}", 3)) for k, o in enumerate(obstacles))
+    pick = list(drive.commanded)
+    effort = u
+    if drive.stiffness is not None and drive.damping is not None:
+        effort = np.asarray(drive.stiffness, float) * (u - q[pick]) - np.asarray(drive.damping, float) * v[pick]
+    features = Features(
+        q=q,
+        v=v,
+        a=(v - carry.v) * (1.0 / dt),
+        u=u,
+        u_before=last,
+        effort=effort,
+        p_world_tcp=position,
+        R_world_tcp=rotation,
+        p_world_target=table.array("p_target", 3) if goal.position else None,
+        R_world_target=table.array("r_target", 3, 3) if goal.rotation else None,
+        q_target=uniform.array("q_target", tree.n) if goal.joints else None,
+        clearances=clearances,
+    )
+    rate: Any = 0.0
+    for factor, name in zip(factors, terms):
+        rate = rate + factor * task.terms[name].cost(features, task.robot)
+    total = carry.add(np.array([0.0], dtype=object))
+    carry.cost = len(carry.first) - 1
+    return _finished(carry, q, v, where_q, kinds, before=u, cost=total[0] + rate, terms=terms)
+
+
+class _Carry:
+    """What goes from step to step: q, v, then the angles' sine and cosine where the next step can use them."""
+
+    def __init__(self, graph: Graph, step: TracedStep, commands: int) -> None:
+        self.graph, self.step, self.n = graph, step, step.arm.n
+        self.u = _inputs(graph, "command", range(commands))
+        self.first: list[Any] = list(_inputs(graph, "start", range(2 * self.n)))
+        self.cost: int | None = None
+        values = _inputs(graph, "carry", range(2 * self.n))
+        self.q, self.v = values[: self.n], values[self.n :]
+        self.turning = [i for i in range(self.n) if step.arm.tree.revolute[i]]
+        self.kept = step.drive.integrator == "euler"
+        if self.kept:
+            _, sine, cosine = step.angles(np.array(self.first[: self.n], dtype=object))
+            self._sine, self._cosine = self.add(sine[self.turning]), self.add(cosine[self.turning])
+
+    def add(self, first: Iterable[Any]) -> Array:
+        """Carry more values, ``first`` before the first step; return them as inputs of a step."""
+        start = len(self.first)
+        self.first.extend(first)
+        return _inputs(self.graph, "carry", range(start, len(self.first)))
+
+    def advance(self) -> tuple[Array, Array, Any]:
+        """Return q, v and the angles (None: not known) after the step."""
+        if not self.kept:
+            q, v = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
+            return q, v, None
+        sine, cosine = np.full(self.n, 0.0, dtype=object), np.full(self.n, 1.0, dtype=object)
+        sine[self.turning], cosine[self.turning] = self._sine, self._cosine
+        angle = np.array([value - r for value, r in zip(self.q, self.step.reference)], dtype=object)
+        q, v = self.step(self.q, self.v, self.u, (angle, sine, cosine))
+        return q, v, self.step.angles(q)
+
+
+def _finished(
+    carry: _Carry,
+    q: Array,
+    v: Array,
+    where_q: Any,
+    kinds: dict[str, Inputs],
+    before: Any = None,
+    cost: Any = None,
+    terms: tuple[str, ...] = (),
+) -> Traced:
+    following: list[Any] = [*q, *v]
+    if carry.kept:
+        following += [*where_q[1][carry.turning], *where_q[2][carry.turning]]
+    if before is not None:
+        following += [*before]
+    if cost is not None:
+        following.append(cost)
+    graph = carry.graph
+    program = Program(
+        graph,
+        2 * carry.n,
+        len(carry.u),
+        tuple(graph.operand(value) for value in carry.first),
+        tuple(graph.operand(value) for value in following),
+        carry.cost,
+        {kind: inputs.size for kind, inputs in kinds.items()},
+    )
+    return Traced(program, kinds["table"].places, kinds["uniform"].places, kinds["sample"].places, terms)
+
+
+def _clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array) -> Array:
+    """Return the distances (C,) of the arm's capsules from an obstacle at ``center`` (3,)."""
+    distances = np.empty(len(tree.capsules), dtype=object)
+    for k, capsule in enumerate(tree.capsules):
+        r, p = poses[capsule.link]
+        a, b = p + r @ capsule.a.astype(object), p + r @ capsule.b.astype(object)
+        radius = float(capsule.radius)
+        if obstacle.shape == "sphere":
+            distances[k] = capsule_sphere(a, b, radius, center, float(obstacle.size[0]))
+        elif obstacle.shape == "box":
+            distances[k] = capsule_box(a, b, radius, center, [float(size) for size in obstacle.size])
+        else:
+            distances[k] = capsule_plane(a, b, radius, center, [float(x) for x in obstacle.normal])
+    return distances
+
+
+def _inputs(graph: Graph, kind: str, indices: Iterable[int]) -> Array:
+    values = [graph.input(kind, index) for index in indices]
+    out = np.empty(len(values), dtype=object)
+    out[:] = values
+    return out

@@ -1,0 +1,128 @@
+"""What a planner plans with: the compiled kernel, torch or MuJoCo, chosen by ``dynamics.backend``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbctrl.base.config import RunConfig
+from mbctrl.base.errors import MbctrlError, SpecError
+from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.dynamics.actuation import actuation_of
+from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.dynamics.simulator import SimulatorDynamics
+from mbctrl.planning.knots import Knots
+from mbctrl.planning.noise import Noise
+from mbctrl.planning.objective import FeatureMap, RolloutObjective
+from mbctrl.planning.planner import Search, TorchSearch
+from mbctrl.tasks.task import Task
+
+_log = logging.getLogger(__name__)
+# What a term may raise that does more than arithmetic.
+_UNTRACEABLE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is searched over, and with what noise."""
+
+    features: FeatureMap
+    task: Task
+    knots: Knots
+    noise: Noise
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``name`` of what plans, the search, and the arm's own dynamics for everything besides (``step``, ``rollout``)."""
+
+    name: str
+    search: Search
+    dynamics: Any
+
+
+def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, parts: Parts, file: str | Path | None) -> Backend:
+    """Return the backend a run asks for; ``auto`` is the kernel where it can be, else torch, with a warning.
+
+    Errors:
+        SpecError: naming why the kernel that was asked for cannot be.
+    """
+    wanted = config.dynamics.backend
+    low, high = (torch.as_tensor(bound, dtype=analytic.dtype, device=analytic.device) for bound in (parts.lower, parts.upper))
+    if wanted in ("auto", "kernel"):
+        try:
+            return _kernel(config, analytic, parts, low, high)
+        except (ImportError, MbctrlError, *_UNTRACEABLE) as error:
+            reason = f"no compiled rollouts: {error}"
+            if wanted == "kernel":
+                raise SpecError(reason, file=file, key="dynamics.backend") from None
+            _log.warning("%s; planning with torch, many times slower", reason)
+    rolled: Any = analytic if wanted != "mujoco" else simulator_of(config, model)
+    objective = RolloutObjective(rolled, parts.features, parts.task, config.planner.discount)
+    search = TorchSearch(objective, parts.knots, parts.noise, low, high)
+    return Backend("mujoco" if wanted == "mujoco" else "torch", search, analytic)
+
+
+def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: torch.Tensor, high: torch.Tensor) -> Backend:
+    from mbctrl.kernels.native import Pool  # llvmlite is only needed here
+    from mbctrl.planning.compiled import KernelDynamics, KernelSearch
+
+    if analytic.device.type != "cpu":
+        raise ValueError(f"compiled rollouts run on the CPU, found dynamics.device: {analytic.device}")
+    pool = Pool(config.dynamics.threads)
+    search = KernelSearch(
+        analytic,
+        parts.features.tool,
+        parts.task,
+        parts.knots,
+        parts.noise,
+        samples=config.planner.samples,
+        lower=low,
+        upper=high,
+        pool=pool,
+        discount=config.planner.discount,
+        obstacles=config.obstacles,
+    )
+    for position, rotation, joints in sorted(_goals(config)):
+        search.prepare(position, rotation, joints)
+    return Backend("kernel", search, KernelDynamics(analytic, pool))
+
+
+def _goals(config: RunConfig) -> set[tuple[bool, bool, bool]]:
+    """Return which targets the run's goals give: position, rotation, joints."""
+    goal = config.goal
+    if isinstance(goal, PoseGoal):
+        return {(True, goal.sample(k, np.zeros(1))[1] is not None, False) for k in range(len(goal.targets))}
+    if isinstance(goal, FigureEightGoal):
+        return {(True, goal.sample(0, np.zeros(1))[1] is not None, False)}
+    return {(not isinstance(goal, JointGoal), False, isinstance(goal, JointGoal))}
+
+
+def analytic_of(config: RunConfig, model: Model) -> RigidBodyDynamics:
+    """Return the run's analytic model in torch."""
+    dynamics = config.dynamics
+    return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
+
+
+def simulator_of(config: RunConfig, model: Model) -> SimulatorDynamics:
+    """Return MuJoCo as the run's model."""
+    return SimulatorDynamics(model.mj, config.dynamics.dt, **_drive(model), threads=config.dynamics.threads)
+
+
+def _drive(model: Model) -> dict[str, Any]:
+    """Return how the robot is actuated, as both models take it."""
+    robot = model.robot
+    return {
+        "actuation": actuation_of(robot),
+        "commanded": robot.command_index,
+        "effort_limit": robot.limits.effort,
+        "gravity_compensation": robot.control.gravity_compensation,
+    }

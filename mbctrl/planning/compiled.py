@@ -1,0 +1,207 @@
+"""Compiled rollouts as the planner's model and objective: torch tensors in and out, the work in one call to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.actuation import Impedance
+from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
+from mbctrl.dynamics.tree import Frame
+from mbctrl.kernels.llvm import Sampling
+from mbctrl.kernels.native import Native, Pool, words
+from mbctrl.kernels.program import Program
+from mbctrl.kernels.step import Drive
+from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
+from mbctrl.planning.knots import Knots
+from mbctrl.planning.noise import Noise
+from mbctrl.planning.objective import Parameters
+from mbctrl.planning.planner import Search
+from mbctrl.planning.rules.base import Distribution
+from mbctrl.tasks.task import Task
+
+
+def drive_of(dynamics: RigidBodyDynamics) -> Drive:
+    """Return how the torch dynamics are actuated, in the form kernels are traced from."""
+    servo = dynamics.actuation if isinstance(dynamics.actuation, Impedance) else None
+    return Drive(
+        commanded=tuple(dynamics.commanded),
+        stiffness=None if servo is None else tuple(servo.stiffness),
+        damping=None if servo is None else tuple(servo.damping),
+        effort_limit=dynamics.effort_limit,
+        gravity_compensation=dynamics.compensated,
+        integrator=dynamics.integrator,
+        friction_speed=FRICTION_SPEED,
+    )
+
+
+def _numbers(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+class KernelDynamics:
+    """Rollouts of an arm by a compiled kernel behind the contract of ``RigidBodyDynamics`` (without gradients).
+
+    Args:
+        dynamics: the same arm in torch; its precision is the kernel's.
+        pool: threads.
+    """
+
+    def __init__(self, dynamics: RigidBodyDynamics, pool: Pool) -> None:
+        self.dt, self.nq, self.nx, self.nu = dynamics.dt, dynamics.nq, dynamics.nx, dynamics.nu
+        self.dtype, self.device = dynamics.dtype, torch.device("cpu")
+        self.traced = trace_dynamics(dynamics.tree, drive_of(dynamics))
+        self.native, self._pool = Native(self.traced.program, _numbers(self.dtype)), pool
+
+    def with_dt(self, dt: float) -> KernelDynamics:
+        """Return the same arm with another time step [s]; the code is shared."""
+        other = object.__new__(KernelDynamics)
+        other.__dict__ = {**self.__dict__, "dt": dt}
+        return other
+
+    def step(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the state (nx, N) one step after ``x`` under commands ``u`` (nu, N)."""
+        return self.rollout(x, u[None])[1]
+
+    def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
+        """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""
+        horizon, samples = u.shape[0], u.shape[2]
+        width = max(samples, self.native.lanes.width)
+        start, commands = _wide(x0.to(self.dtype), width), _wide(u.to(self.dtype), width)
+        states = torch.empty((horizon + 1, self.nx, width), dtype=self.dtype)
+        uniform = torch.full((1,), self.dt, dtype=self.dtype)
+        if horizon == 0:
+            states[0] = start
+        else:
+            given = {"start": start, "commands": commands, "uniform": uniform, "states": states}
+            addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
+            self._pool.run(self.native, words(blocks=self.native.blocks(width), samples=width, steps=horizon, **addresses))
+        return states[:, :, :samples]
+
+
+def _wide(rows: Tensor, samples: int) -> Tensor:
+    """Return rows (..., N) as a contiguous tensor of at least ``samples`` samples, the last one repeated."""
+    missing = samples - rows.shape[-1]
+    if missing > 0:
+        rows = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], missing)], -1)
+    return rows.contiguous()
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    traced: Traced
+    native: Native
+
+
+class KernelSearch(Search):
+    """Draws, rolls out and costs candidates in one call; the counterpart of ``TorchSearch``.
+
+    Args:
+        dynamics: the arm in torch, what the kernel is traced from.
+        tool: the tool's frame.
+        task, discount, obstacles: the objective.
+        knots, noise: the action parametrisation and its noise.
+        samples: N.
+        lower, upper: (nu,) command bounds.
+        pool: threads.
+
+    Errors:
+        TypeError: where a term cannot be traced.
+    """
+
+    def __init__(
+        self,
+        dynamics: RigidBodyDynamics,
+        tool: Frame,
+        task: Task,
+        knots: Knots,
+        noise: Noise,
+        *,
+        samples: int,
+        lower: Tensor,
+        upper: Tensor,
+        pool: Pool,
+        discount: float = 1.0,
+        obstacles: Sequence[Obstacle] = (),
+    ) -> None:
+        self._dynamics, self._tool, self._task, self._obstacles = dynamics, tool, task, tuple(obstacles)
+        self._knots, self._noise, self._samples, self._pool = knots, noise, samples, pool
+        self._drive, self._kernels = drive_of(dynamics), {}
+        self._colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
+        self._dtype, self._numbers = dynamics.dtype, _numbers(dynamics.dtype)
+        self._basis, self._lower, self._upper = knots.basis.contiguous(), lower.contiguous(), upper.contiguous()
+        self._low, self._high = lower[None, :, None], upper[None, :, None]
+        when = dynamics.dt * discount ** np.arange(knots.steps)
+        terms = [term for term in task.terms.values() if term.weight > 0]
+        factors = np.stack([term.weight * when for term in terms], 1)
+        factors[-1] += [term.weight * term.terminal * discount**knots.steps for term in terms]
+        self._factors = torch.tensor(factors, dtype=self._dtype)
+
+    def prepare(self, position: bool, rotation: bool, joints: bool) -> None:
+        """Compile now for goals that give these targets."""
+        self.kernel(Goal(position, rotation, joints))
+
+    def programs(self) -> list[Program]:
+        """Return the programs compiled so far."""
+        return [kernel.traced.program for kernel in self._kernels.values()]
+
+    def kernel(self, goal: Goal) -> _Kernel:
+        """Return the kernel for a kind of goal, compiled at its first use."""
+        if goal not in self._kernels:
+            d = self._dynamics
+            traced = trace_objective(d.tree, self._drive, d.dt, self._tool, self._task, goal, self._obstacles)
+            sampling = Sampling(self._knots.count, self._colour, self._noise.counted)
+            self._kernels[goal] = _Kernel(traced, Native(traced.program, self._numbers, sampling))
+        return self._kernels[goal]
+
+    def __call__(
+        self, belief: Distribution, fixed: Tensor, seed: int, draw: int, x: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, Tensor]:
+        """Return candidates (K, nu, N) around ``belief``, the first ones ``fixed`` (K, nu, F), and their costs (N,)."""
+        kernel = self.kernel(
+            Goal(parameters.p_target is not None, parameters.r_target is not None, parameters.q_target is not None)
+        )
+        count, given = max(self._samples, kernel.native.lanes.width), fixed.shape[-1]
+        candidates = torch.empty((self._knots.count, len(self._lower), count), dtype=self._dtype)
+        if not self._noise.counted:
+            drawn = belief.mean[..., None] + belief.spread[..., None] * self._noise.draw(seed, draw)
+            candidates[:] = _wide(drawn.clamp(self._low, self._high), count)
+        if given:
+            candidates[:, :, :given] = fixed.clamp(self._low, self._high)
+        costs = torch.empty(count, dtype=self._dtype)
+        tensors = {
+            "start": x.contiguous(),
+            "table": self._table(kernel.traced, parameters),
+            "uniform": self._uniform(kernel.traced, parameters),
+            "cost": costs,
+            "basis": self._basis,
+            "knots": candidates,
+            "mean": belief.mean.contiguous(),
+            "spread": belief.spread.contiguous(),
+            "lower": self._lower,
+            "upper": self._upper,
+        }
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        counts = {"blocks": kernel.native.blocks(count), "samples": count, "steps": self._knots.steps, "fixed": given}
+        self._pool.run(kernel.native, words(**counts, seed=seed, draw=draw, **addresses))
+        return candidates[..., : self._samples], costs[: self._samples]
+
+    def _table(self, traced: Traced, parameters: Parameters) -> Tensor:
+        steps = self._knots.steps
+        table = torch.empty((steps, traced.program.sizes["table"]), dtype=self._dtype)
+        for name, columns in traced.table.items():
+            if name == "terms":
+                table[:, columns] = self._factors
+            elif name.startswith("obstacle."):
+                table[:, columns] = parameters.obstacles[int(name.partition(".")[2])].view(-1, steps).T
+            else:
+                table[:, columns] = getattr(parameters, name).reshape(-1, steps).T
+        return table
+
+    def _uniform(self, traced: Traced, parameters: Parameters) -> Tensor:
+        return torch.cat([getattr(parameters, name) for name in traced.uniform]).to(self._dtype)
