@@ -50,7 +50,8 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
         say("the GPU")
         from _gpu import gpu_rows
 
-        out += gpu_rows(_controller("panda_reach_sim", *SIZE, 1), quick)
+        device = {"dynamics": {"device": "cuda"}}
+        out += gpu_rows(lambda samples: _controller("panda_reach_sim", samples, SIZE[1], CORES, **device), _call, SIZE[1])
     return out
 
 
@@ -97,7 +98,7 @@ def _call(controller: MpcController) -> Any:
     command = np.zeros(robot.nu) if robot.control.mode == "torque" else np.asarray(robot.home)[robot.command_index]
     parameters = controller.parameters(PlanRequest(0.0, x), command)
     state = controller.planner.initial(parameters.u_before)
-    start, fixed = torch.tensor(x, dtype=torch.float32), state.belief.mean[..., None]
+    start, fixed = torch.tensor(x, dtype=torch.float32, device=controller.analytic.device), state.belief.mean[..., None]
     return lambda: search(state.belief, fixed, 0, 0, start, parameters)
 
 

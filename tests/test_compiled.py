@@ -26,6 +26,7 @@ from mbctrl.kernels.native import Pool
 from mbctrl.planning import compiled
 from mbctrl.planning.compiled import KernelDynamics, KernelSearch
 from mbctrl.planning.controller import MpcController
+from mbctrl.planning.engines import CpuEngine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import NOISES, Noise, Shape
 from mbctrl.planning.objective import Parameters
@@ -307,7 +308,7 @@ def test_a_tree_with_sliding_joints_costs_what_torch_says(pool: Pool) -> None:
         samples=40,
         lower=-bound,
         upper=bound,
-        pool=pool,
+        engine=CpuEngine(pool),
         discount=0.95,
         obstacles=obstacles,
     )
@@ -339,7 +340,9 @@ def test_a_search_in_double_precision_is_torchs_or_refused(noise: str, pool: Poo
     knots, drawn = Knots(4, 10, 0.04, dtype=torch.float64), Noise(noise, Shape(4, 2, 20), dtype=torch.float64)
     bound = torch.tensor([7.0, 2.0], dtype=torch.float64)
     try:
-        ours = KernelSearch(dynamics, tool, task, knots, drawn, samples=20, lower=-bound, upper=bound, pool=pool)
+        ours = KernelSearch(
+            dynamics, tool, task, knots, drawn, samples=20, lower=-bound, upper=bound, engine=CpuEngine(pool, dynamics.dtype)
+        )
         ours.prepare(False, False, True)
     except (ValueError, TypeError, ModelError):
         return
@@ -405,7 +408,7 @@ class GuardedTorch:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, shape: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
         """Return a tensor between two margins."""
         margin = 256
         size = int(np.prod(shape)) * dtype.itemsize
@@ -460,7 +463,7 @@ def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horiz
     torchs = RigidBodyDynamics(
         tree, 0.01, Impedance((50.0, 20.0), (5.0, 2.0)), effort_limit=(7.0, 2.0), gravity_compensation=True, dtype=dtype
     )
-    ours = KernelDynamics(torchs, pool)
+    ours = KernelDynamics(torchs, CpuEngine(pool, torchs.dtype))
     q, v, _ = random_states(tree, samples)
     x = torch.as_tensor(np.concatenate([q, v], 1).T, dtype=dtype)  # not contiguous
     u = torch.as_tensor(np.broadcast_to((q + 0.3).T, (horizon, 2, samples)).copy(), dtype=dtype)
@@ -478,7 +481,7 @@ def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horiz
 
 def test_one_state_may_be_expanded_to_many(pool: Pool) -> None:
     _, tree = model_of("arm2")
-    ours = KernelDynamics(RigidBodyDynamics(tree, 0.01), pool)
+    ours = KernelDynamics(RigidBodyDynamics(tree, 0.01), CpuEngine(pool))
     x = torch.tensor([0.3, -0.2, 0.5, 0.1])
     u = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours.rollout(x[:, None].expand(-1, 20), u), ours.rollout(x[:, None].repeat(1, 20), u))

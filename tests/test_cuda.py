@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 import torch
 from sample_models import model_of, random_states, relative
 
+from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import ModelError
+from mbctrl.base.plan import PlanRequest
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.load import load_model
 from mbctrl.kernels import gpu
@@ -29,7 +32,8 @@ from mbctrl.kernels.native import Native, Pool, words
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
-from mbctrl.planning.controller import scales_of
+from mbctrl.planning.controller import MpcController, scales_of
+from mbctrl.planning.engines import GpuEngine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise, Shape, normals
 from mbctrl.tasks.task import build_task
@@ -408,3 +412,32 @@ def test_on_a_gpu_it_matches_the_reference(tmp_path: Path, captured: bool) -> No
     expected = reference(job)
     for name in ("knots", "states", "cost"):
         assert relative(tensors[name].cpu().numpy(), expected[name]) < 5e-5, name
+
+
+def test_the_gpu_engine_plans_what_the_processor_plans(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's side of a GPU: tensors, key, stream and counts, the kernel itself run on the host."""
+
+    class OnHost:
+        def __init__(self, program: Program, dtype: type, sampling: Sampling | None, *, device: int) -> None:
+            self.run = host(source(program, dtype, sampling))
+
+        def launch(self, stream: int, **values: int) -> None:
+            assert stream == 7
+            for thread in range(values["samples"]):
+                self.run(*(values.get(name, 0) for name in SLOTS), thread)
+
+    monkeypatch.setattr(gpu, "GpuKernel", OnHost)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    config, file = load_run("panda_reach_sim")
+    small = merged(config.model_dump(), {"planner": {"samples": 40}, "dynamics": {"backend": "kernel"}})
+    here = MpcController(RunConfig.model_validate(small), load_model("panda"), file)
+    state = here.planner.initial(torch.tensor(here.model.robot.home, dtype=torch.float32), seed=2**63 + 5)
+    x = torch.tensor([*here.model.robot.home, *[0.1] * 7], dtype=torch.float32)
+    parameters = here.parameters(PlanRequest(0.0, x.double().numpy()), np.asarray(here.model.robot.home))
+    fixed = state.belief.mean[..., None]
+    candidates, costs = here.planner.search(state.belief, fixed, state.seed, 3, x, parameters)
+    there = copy.copy(here.planner.search)
+    there._engine, there._kernels = GpuEngine(torch.device("cpu")), {}
+    found = there(state.belief, fixed, state.seed, 3, x, parameters)
+    torch.testing.assert_close(found[0], candidates, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1], costs, rtol=1e-4, atol=0)

@@ -9,7 +9,7 @@ import numpy as np
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import Lanes, Writer
 
-VERSION = 3
+VERSION = 6
 """Raised whenever the same program would lower to different code."""
 
 # A job is an array of 64-bit words: counts, addresses and bits, in this order.
@@ -119,10 +119,8 @@ class Lowering:
         suffix = f"v{lanes.width}f{lanes.bits}"
         operands = {"sqrt": 1, "fabs": 1, "fma": 3}
         declared = [f"declare {lanes.vector} @llvm.{n}.{suffix}({', '.join([lanes.vector] * k)})" for n, k in operands.items()]
-        bits = lanes.bits * lanes.width
-        attributes = (
-            f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}" "reciprocal-estimates"="vec-divf:1"'
-        )
+        bits = min(512, lanes.bits * lanes.width)
+        attributes = f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
         body = "\n".join(w.lines)
         tail = "\n".join([*declared, *(_X86 if self.x86 else [])])
         return f"define void @run(ptr %job, i64 %wait) #0 {{\n{body}\n}}\n{tail}\nattributes #0 = {{ {attributes} }}\n"

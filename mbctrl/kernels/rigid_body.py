@@ -23,11 +23,15 @@ Array = np.ndarray  # of dtype object: Scalars and floats
 
 @dataclass
 class Body:
-    """A link's inertia at its frame's origin: ``mass``, first ``moment`` (3,), rotational ``inertia`` (3, 3)."""
+    """A link's mass distribution at its frame's origin: ``mass``, first ``moment`` (3,), ``second`` moment (3, 3).
+
+    The rotational inertia is trace(second) 1 - second. Second moments turn and shift with fewer operations (Wensing, Kim
+    and Slotine, "Linear matrix inequalities for physically consistent inertial parameter identification", 2018).
+    """
 
     mass: Any
     moment: Array
-    inertia: Array
+    second: Array
 
 
 @dataclass
@@ -58,17 +62,17 @@ class TracedArm:
         """Move to each parent what the joint cannot tell apart: same motion, fewer numbers, no longer each a body's."""
         for i in reversed(range(self.n)):
             body, parent = bodies[i], self.tree.parent[i]
-            if self.tree.revolute[i]:
-                across = body.inertia[1, 1]
-                moved = Body(body.mass, _vector(0.0, 0.0, body.moment[2]), np.diag(_vector(across, across, 0.0)))
+            if self.tree.revolute[i]:  # what lies on the axis
+                moved = Body(body.mass, _vector(0.0, 0.0, body.moment[2]), np.diag(_vector(0.0, 0.0, body.second[2, 2])))
             else:
-                moved = Body(0.0, _vector(0.0, 0.0, 0.0), body.inertia)
-            bodies[i] = Body(body.mass - moved.mass, body.moment - moved.moment, body.inertia - moved.inertia)
+                moved = Body(0.0, _vector(0.0, 0.0, 0.0), body.second)
+            bodies[i] = Body(body.mass - moved.mass, body.moment - moved.moment, body.second - moved.second)
             if parent >= 0:  # what reaches the world never moves
-                bodies[parent] = _sum(bodies[parent], _carried(moved, self.rotation[i], self.position[i]))
+                turned = _turned(moved.second, self.rotation[i])
+                bodies[parent] = _sum(bodies[parent], _carried(moved, turned, self.rotation[i], self.position[i]))
         for body in bodies:
-            scale = max((abs(x) for x in (*body.moment, *body.inertia.flat, body.mass) if isinstance(x, float)), default=1.0)
-            body.moment, body.inertia = _tidied(body.moment, scale or 1.0), _tidied(body.inertia, scale or 1.0)
+            scale = max((abs(x) for x in (*body.moment, *body.second.flat, body.mass) if isinstance(x, float)), default=1.0)
+            body.moment, body.second = _tidied(body.moment, scale or 1.0), _tidied(body.second, scale or 1.0)
         return bodies
 
     def turns(self, q: Array, sine: Array, cosine: Array) -> tuple[list[Array], list[Array]]:
@@ -89,8 +93,8 @@ class TracedArm:
                 positions.append(offset + fixed[:, 2] * q[i])
         return rotations, positions
 
-    def motion(self, rotations: list[Array], positions: list[Array], v: Array) -> Motion:
-        """Return M(q) with armature, bias and gravity torque."""
+    def motion(self, rotations: list[Array], positions: list[Array], v: Array, sine: Array, cosine: Array) -> Motion:
+        """Return M(q) with armature, bias and gravity torque, from ``turns``, joint speeds and the angles' sin and cos."""
         children = [[k for k in range(self.n) if self.tree.parent[k] == i] for i in range(self.n)]
         spin, falls = self._bias_wrenches(rotations, positions, v)
         forces, torques = spin
@@ -103,12 +107,17 @@ class TracedArm:
                 force = rotations[k] @ forces[k]
                 forces[i] = forces[i] + force
                 torques[i] = torques[i] + rotations[k] @ torques[k] + np.cross(positions[k], force)
-                total = _sum(total, _carried(composites[k], rotations[k], positions[k]))
+                second, turn = composites[k].second, rotations[k]
+                if self.tree.revolute[k] and np.count_nonzero(self.rotation[k]) == 3:  # right angles: the rest is order and sign
+                    second, turn = _spun(second, sine[k], cosine[k]), self.rotation[k]
+                second = _turned(second, turn)
+                total = _sum(total, _carried(composites[k], second, rotations[k], positions[k]))
             composites[i] = total
             if self.tree.revolute[i]:
                 bias[i] = torques[i][2]
                 gravity[i] = total.moment[1] * falls[i][0] - total.moment[0] * falls[i][1]
-                force, torque = _vector(-total.moment[1], total.moment[0], 0.0), total.inertia[:, 2]
+                s = total.second
+                force, torque = _vector(-total.moment[1], total.moment[0], 0.0), _vector(-s[0, 2], -s[1, 2], s[0, 0] + s[1, 1])
             else:
                 bias[i] = forces[i][2]
                 gravity[i] = -total.mass * falls[i][2]
@@ -152,7 +161,7 @@ class TracedArm:
             falls.append(down @ fall)
             own = _whirl(spin, turning)
             forces.append(body.mass * drive + own @ body.moment)
-            torques.append(body.inertia @ turning + np.cross(spin, body.inertia @ spin) + np.cross(body.moment, drive))
+            torques.append(_twisted(own, body.second) + np.cross(body.moment, drive))
         return (forces, torques), falls
 
     def solve(self, matrix: Array, right: Array) -> Array:
@@ -207,21 +216,44 @@ def _whirl(spin: Array, turning: Array) -> Array:
     return np.array(rows, dtype=object)
 
 
-def _carried(body: Body, rotation: Array, position: Array) -> Body:
-    """Return a body's inertia in its parent's frame and about the parent's origin."""
-    moment, turned = rotation @ body.moment, _turned(body.inertia, rotation)
-    shifted = moment + body.mass * position
-    # I' = R I Rᵀ + (p·(2 h + m p)) 1 - (h pᵀ + p hᵀ + m p pᵀ), h the turned moment
-    half = moment + (0.5 * body.mass) * position
-    outer = np.outer(half, position)
-    spread = 2.0 * (half @ position)
-    inertia = turned + spread * _tidied(np.eye(3)) - outer - outer.T
-    return Body(body.mass, shifted, _symmetric(inertia))
+def _twisted(whirl: Array, second: Array) -> Array:
+    """Return the torque that turns a body about its frame's origin: the skew part of whirl S, S its second moment (sparse)."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = whirl
+    a, b, c, d, e, f = (second[i] for i in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)))
+    return _vector(
+        d * zx + b * zy + f * (zz - yy) - e * yx - c * yz,
+        e * (xx - zz) + f * xy + c * xz - a * zx - d * zy,
+        a * yx + d * (yy - xx) + e * yz - b * xy - f * xz,
+    )
 
 
-def _turned(inertia: Array, rotation: Array) -> Array:
-    """Return R I Rᵀ of a symmetric I, each entry once."""
-    half = rotation @ inertia
+def _spun(second: Array, sine: Any, cosine: Any) -> Array:
+    """Return a second moment turned about z, by the double angle."""
+    xx, yy, xy, xz, yz = second[0, 0], second[1, 1], second[0, 1], second[0, 2], second[1, 2]
+    both, two_sine = sine * cosine, 2.0 * sine
+    swing, twice = 0.5 - sine * sine, two_sine * cosine  # half cos 2a, sin 2a
+    mean, difference = 0.5 * (xx + yy), xx - yy
+    along = swing * difference - twice * xy
+    across = both * difference + 2.0 * swing * xy
+    out = np.empty((3, 3), dtype=object)
+    out[0, 0], out[1, 1], out[2, 2] = mean + along, mean - along, second[2, 2]
+    out[0, 1] = out[1, 0] = across
+    out[0, 2] = out[2, 0] = cosine * xz - sine * yz
+    out[1, 2] = out[2, 1] = sine * xz + cosine * yz
+    return out
+
+
+def _carried(body: Body, turned: Array, rotation: Array, position: Array) -> Body:
+    """Return a body, its second moment already ``turned``, in its parent's frame and about the parent's origin."""
+    moment = rotation @ body.moment
+    # S' = R S Rᵀ + h pᵀ + p hᵀ + m p pᵀ, h the turned moment
+    outer = np.outer(moment + (0.5 * body.mass) * position, position)
+    return Body(body.mass, moment + body.mass * position, _symmetric(turned + outer + outer.T))
+
+
+def _turned(second: Array, rotation: Array) -> Array:
+    """Return R S Rᵀ of a symmetric S, each entry once."""
+    half = rotation @ second
     out = np.empty((3, 3), dtype=object)
     for i in range(3):
         for j in range(i + 1):
@@ -238,14 +270,14 @@ def _symmetric(matrix: Array) -> Array:
 
 
 def _sum(a: Body, b: Body) -> Body:
-    return Body(a.mass + b.mass, a.moment + b.moment, _symmetric(a.inertia + b.inertia))
+    return Body(a.mass + b.mass, a.moment + b.moment, _symmetric(a.second + b.second))
 
 
 def _at_origin(mass: Any, com: Array, inertia: Array) -> Body:
-    """Return a link's inertia about its frame's origin from mass, com (3,) and inertia about the com (3, 3)."""
+    """Return a link's moments about its frame's origin from mass, com (3,) and inertia about the com (3, 3)."""
     com, inertia = np.asarray(com, dtype=object), np.asarray(inertia, dtype=object)
-    shift = (com @ com) * _tidied(np.eye(3)) - np.outer(com, com)
-    return Body(mass if not isinstance(mass, np.generic) else float(mass), mass * com, _symmetric(inertia + mass * shift))
+    second = (0.5 * np.trace(inertia)) * _tidied(np.eye(3)) - inertia + mass * np.outer(com, com)
+    return Body(mass if not isinstance(mass, np.generic) else float(mass), mass * com, _symmetric(second))
 
 
 def _tidied(array: Any, scale: float = 1.0) -> Array:

@@ -60,10 +60,13 @@ class TracedStep:
         cosine = np.array([a.cos() if turns else 1.0 for a, turns in zip(angle, turning)], dtype=object)
         return angle, sine, cosine
 
-    def __call__(self, q: Array, v: Array, u: Array, where_q: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        """Return q and v a step later; ``where_q`` are the angles of ``q`` (euler) or of q + h v / 2 (leapfrog)."""
+    def __call__(self, q: Array, v: Array, u: Array, where_q: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """Return q and v a step later and the acceleration between.
+
+        ``where_q`` are the angles of ``q`` (euler) or of q + h v / 2 (leapfrog).
+        """
         tree, h, middle = self.arm.tree, self.h, self.middle(q, v)
-        motion = self.arm.motion(*self.arm.turns(*where_q), v)
+        motion = self.arm.motion(*self.arm.turns(*where_q), v, *where_q[1:])
         load = -motion.bias - motion.gravity - tree.damping * v
         for i in range(tree.n):
             if _present(tree.stiffness[i]):
@@ -76,8 +79,9 @@ class TracedStep:
                 load[i], drag[i] = load[i] - rate * v[i], drag[i] + h * rate
         matrix = motion.mass_matrix.copy()
         np.fill_diagonal(matrix, drag)
-        after = v + h * self.arm.solve(matrix, load)
-        return (middle + (0.5 * h) * after if self.drive.integrator == "leapfrog" else q + h * after), after
+        acceleration = self.arm.solve(matrix, load)
+        after = v + h * acceleration
+        return (middle + (0.5 * h) * after if self.drive.integrator == "leapfrog" else q + h * after), after, acceleration
 
     def middle(self, q: Array, v: Array) -> Array:
         """Return where the dynamics are taken."""

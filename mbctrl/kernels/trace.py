@@ -120,7 +120,7 @@ def trace_objective(
     features = Features(
         q=q,
         v=v,
-        a=(v - carry.v) * (1.0 / dt),
+        a=carry.acceleration,
         u=u,
         u_before=last,
         effort=effort,
@@ -164,12 +164,12 @@ class _Carry:
     def advance(self) -> tuple[Array, Array, Any]:
         """Return q, v and the angles (None: not known) after the step."""
         if not self.kept:
-            q, v = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
+            q, v, self.acceleration = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
             return q, v, None
         sine, cosine = np.full(self.n, 0.0, dtype=object), np.full(self.n, 1.0, dtype=object)
         sine[self.turning], cosine[self.turning] = self._sine, self._cosine
         angle = np.array([value - r for value, r in zip(self.q, self.step.reference)], dtype=object)
-        q, v = self.step(self.q, self.v, self.u, (angle, sine, cosine))
+        q, v, self.acceleration = self.step(self.q, self.v, self.u, (angle, sine, cosine))
         return q, v, self.step.angles(q)
 
 

@@ -74,10 +74,11 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
 def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: torch.Tensor, high: torch.Tensor) -> Backend:
     from mbctrl.kernels.native import Pool  # llvmlite is only needed here
     from mbctrl.planning.compiled import KernelDynamics, KernelSearch
+    from mbctrl.planning.engines import CpuEngine, GpuEngine
 
-    if analytic.device.type != "cpu":
-        raise ValueError(f"compiled rollouts run on the CPU, found dynamics.device: {analytic.device}")
-    pool = Pool(config.dynamics.threads)
+    if analytic.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected dynamics.device cpu or cuda, found {analytic.device}")
+    here = CpuEngine(Pool(config.dynamics.threads), analytic.dtype)
     search = KernelSearch(
         analytic,
         parts.features.tool,
@@ -87,13 +88,13 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: t
         samples=config.planner.samples,
         lower=low,
         upper=high,
-        pool=pool,
+        engine=here if analytic.device.type == "cpu" else GpuEngine(analytic.device, analytic.dtype),
         discount=config.planner.discount,
         obstacles=config.obstacles,
     )
     for position, rotation, joints in sorted(_goals(config)):
         search.prepare(position, rotation, joints)
-    return Backend("kernel", search, KernelDynamics(analytic, pool))
+    return Backend("kernel", search, KernelDynamics(analytic, here))  # one rollout alone is the processor's work
 
 
 def _goals(config: RunConfig) -> set[tuple[bool, bool, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from mbctrl.dynamics.actuation import Impedance
 from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.llvm import Sampling
-from mbctrl.kernels.native import Native, Pool, words
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
+from mbctrl.planning.engines import Engine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
 from mbctrl.planning.objective import Parameters
@@ -40,23 +41,19 @@ def drive_of(dynamics: RigidBodyDynamics) -> Drive:
     )
 
 
-def _numbers(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
-
-
 class KernelDynamics:
     """Rollouts of an arm by a compiled kernel behind the contract of ``RigidBodyDynamics`` (without gradients).
 
     Args:
         dynamics: the same arm in torch; its precision is the kernel's.
-        pool: threads.
+        engine: where it runs.
     """
 
-    def __init__(self, dynamics: RigidBodyDynamics, pool: Pool) -> None:
+    def __init__(self, dynamics: RigidBodyDynamics, engine: Engine) -> None:
         self.dt, self.nq, self.nx, self.nu = dynamics.dt, dynamics.nq, dynamics.nx, dynamics.nu
-        self.dtype, self.device = dynamics.dtype, torch.device("cpu")
+        self.dtype, self.device = dynamics.dtype, engine.device
         self.traced = trace_dynamics(dynamics.tree, drive_of(dynamics))
-        self.native, self._pool = Native(self.traced.program, _numbers(self.dtype)), pool
+        self._engine, self._code = engine, engine.compile(self.traced.program, None)
 
     def with_dt(self, dt: float) -> KernelDynamics:
         """Return the same arm with another time step [s]; the code is shared."""
@@ -71,23 +68,24 @@ class KernelDynamics:
     def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""
         horizon, samples = u.shape[0], u.shape[2]
-        width = max(samples, self.native.lanes.width)
+        width = max(samples, self._engine.least)
         start, commands = _wide(x0.to(self.dtype), width), _wide(u.to(self.dtype), width)
-        states = torch.empty((horizon + 1, self.nx, width), dtype=self.dtype)
-        uniform = torch.full((1,), self.dt, dtype=self.dtype)
+        states = torch.empty((horizon + 1, self.nx, width), dtype=self.dtype, device=self.device)
+        uniform = torch.full((1,), self.dt, dtype=self.dtype, device=self.device)
         if horizon == 0:
             states[0] = start
         else:
             given = {"start": start, "commands": commands, "uniform": uniform, "states": states}
-            addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
-            self._pool.run(self.native, words(blocks=self.native.blocks(width), samples=width, steps=horizon, **addresses))
+            self._engine.run(self._code, given, samples=width, steps=horizon, fixed=0, seed=0, draw=0)
         return states[:, :, :samples]
 
 
 def _wide(rows: Tensor, samples: int) -> Tensor:
     """Return rows (..., N) as a contiguous tensor of at least ``samples`` samples, the last one repeated."""
     missing = samples - rows.shape[-1]
-    if missing > 0:
+    if missing > 0 and rows.shape[-1] == 1:
+        rows = rows.expand(*rows.shape[:-1], samples)
+    elif missing > 0:
         rows = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], missing)], -1)
     return rows.contiguous()
 
@@ -95,7 +93,7 @@ def _wide(rows: Tensor, samples: int) -> Tensor:
 @dataclass(frozen=True)
 class _Kernel:
     traced: Traced
-    native: Native
+    code: Any
 
 
 class KernelSearch(Search):
@@ -108,7 +106,7 @@ class KernelSearch(Search):
         knots, noise: the action parametrisation and its noise.
         samples: N.
         lower, upper: (nu,) command bounds.
-        pool: threads.
+        engine: where it runs; every tensor is on its device.
 
     Errors:
         TypeError: where a term cannot be traced.
@@ -125,22 +123,22 @@ class KernelSearch(Search):
         samples: int,
         lower: Tensor,
         upper: Tensor,
-        pool: Pool,
+        engine: Engine,
         discount: float = 1.0,
         obstacles: Sequence[Obstacle] = (),
     ) -> None:
         self._dynamics, self._tool, self._task, self._obstacles = dynamics, tool, task, tuple(obstacles)
-        self._knots, self._noise, self._samples, self._pool = knots, noise, samples, pool
+        self._knots, self._noise, self._samples, self._engine = knots, noise, samples, engine
         self._drive, self._kernels = drive_of(dynamics), {}
         self._colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
-        self._dtype, self._numbers = dynamics.dtype, _numbers(dynamics.dtype)
+        self._like: dict[str, Any] = {"dtype": dynamics.dtype, "device": engine.device}
         self._basis, self._lower, self._upper = knots.basis.contiguous(), lower.contiguous(), upper.contiguous()
         self._low, self._high = lower[None, :, None], upper[None, :, None]
         when = dynamics.dt * discount ** np.arange(knots.steps)
         terms = [term for term in task.terms.values() if term.weight > 0]
         factors = np.stack([term.weight * when for term in terms], 1)
         factors[-1] += [term.weight * term.terminal * discount**knots.steps for term in terms]
-        self._factors = torch.tensor(factors, dtype=self._dtype)
+        self._factors = torch.tensor(factors, **self._like)
 
     def prepare(self, position: bool, rotation: bool, joints: bool) -> None:
         """Compile now for goals that give these targets."""
@@ -156,7 +154,7 @@ class KernelSearch(Search):
             d = self._dynamics
             traced = trace_objective(d.tree, self._drive, d.dt, self._tool, self._task, goal, self._obstacles)
             sampling = Sampling(self._knots.count, self._colour, self._noise.counted)
-            self._kernels[goal] = _Kernel(traced, Native(traced.program, self._numbers, sampling))
+            self._kernels[goal] = _Kernel(traced, self._engine.compile(traced.program, sampling))
         return self._kernels[goal]
 
     def __call__(
@@ -166,14 +164,14 @@ class KernelSearch(Search):
         kernel = self.kernel(
             Goal(parameters.p_target is not None, parameters.r_target is not None, parameters.q_target is not None)
         )
-        count, given = max(self._samples, kernel.native.lanes.width), fixed.shape[-1]
-        candidates = torch.empty((self._knots.count, len(self._lower), count), dtype=self._dtype)
+        count, given = max(self._samples, self._engine.least), fixed.shape[-1]
+        candidates = torch.empty((self._knots.count, len(self._lower), count), **self._like)
         if not self._noise.counted:
             drawn = belief.mean[..., None] + belief.spread[..., None] * self._noise.draw(seed, draw)
             candidates[:] = _wide(drawn.clamp(self._low, self._high), count)
         if given:
             candidates[:, :, :given] = fixed.clamp(self._low, self._high)
-        costs = torch.empty(count, dtype=self._dtype)
+        costs = torch.empty(count, **self._like)
         tensors = {
             "start": x.contiguous(),
             "table": self._table(kernel.traced, parameters),
@@ -186,14 +184,12 @@ class KernelSearch(Search):
             "lower": self._lower,
             "upper": self._upper,
         }
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        counts = {"blocks": kernel.native.blocks(count), "samples": count, "steps": self._knots.steps, "fixed": given}
-        self._pool.run(kernel.native, words(**counts, seed=seed, draw=draw, **addresses))
+        self._engine.run(kernel.code, tensors, samples=count, steps=self._knots.steps, fixed=given, seed=seed, draw=draw)
         return candidates[..., : self._samples], costs[: self._samples]
 
     def _table(self, traced: Traced, parameters: Parameters) -> Tensor:
         steps = self._knots.steps
-        table = torch.empty((steps, traced.program.sizes["table"]), dtype=self._dtype)
+        table = torch.empty((steps, traced.program.sizes["table"]), **self._like)
         for name, columns in traced.table.items():
             if name == "terms":
                 table[:, columns] = self._factors
@@ -204,4 +200,4 @@ class KernelSearch(Search):
         return table
 
     def _uniform(self, traced: Traced, parameters: Parameters) -> Tensor:
-        return torch.cat([getattr(parameters, name) for name in traced.uniform]).to(self._dtype)
+        return torch.cat([getattr(parameters, name) for name in traced.uniform]).to(**self._like)

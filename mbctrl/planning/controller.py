@@ -66,6 +66,7 @@ class MpcController:
         )
         self._like, self._steps = like, steps
         self._bounds = (low, high)
+        self._edges = tuple(self._tensor(bound)[None, :, None] for bound in self._bounds)
         self._times = np.arange(steps + 1) * config.dynamics.dt
         self._spread = self.knots.weights(self._times)
         self.reset()
@@ -115,15 +116,13 @@ class MpcController:
 
     def _rollout(self, x: np.ndarray, knots: Tensor) -> Tensor:
         """Return the states (H+1, nx, N) that ``knots`` (K, nu, N) lead to from ``x``."""
-        low, high = (self._tensor(bound)[None, :, None] for bound in self._bounds)
-        return self.dynamics.rollout(
-            self._tensor(x)[:, None].expand(-1, knots.shape[-1]), self.knots.commands(knots).clamp(low, high)
-        )
+        commands = self.knots.commands(knots).clamp(*self._edges).to(self.dynamics.device)
+        return self.dynamics.rollout(self._tensor(x).to(self.dynamics.device)[:, None].expand(-1, knots.shape[-1]), commands)
 
     def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray:
         """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates."""
         best = result.weights.topk(min(count, len(result.weights))).indices
-        states = self._rollout(x, result.candidates[:, :, best])
+        states = self._rollout(x, result.candidates[:, :, best]).to(self.analytic.device)
         nq, horizon = self.analytic.nq, len(states)
         poses = self.analytic.poses(states[:, :nq].movedim(0, 1).reshape(nq, -1))
         position = self.analytic.frame(poses, self.features.tool)[1]
@@ -140,8 +139,8 @@ class MpcController:
             target = goal.sample(request.goal, request.goal_time + ahead)
         p = r = None
         if target is not None:
-            p = self._tensor(target[0].T[:, :, None])
-            r = None if target[1] is None else self._tensor(target[1].transpose(1, 2, 0)[..., None])
+            p = self._tensor(target[0]).T[:, :, None]
+            r = None if target[1] is None else self._tensor(target[1]).permute(1, 2, 0)[..., None]
         return Parameters(
             u_before=self._tensor(u_before),
             p_target=p,
@@ -164,7 +163,8 @@ class MpcController:
             count = int(np.ceil(request.latency / _PREDICTION_STEP))
             h = request.latency / count
             commands = np.stack([follower.command(t + (k + self._at) * h) for k in range(count)])
-            states = self.dynamics.with_dt(h).rollout(self._tensor(x)[:, None], self._tensor(commands)[..., None])
+            start, commands = (self._tensor(rows).to(self.dynamics.device)[..., None] for rows in (x, commands))
+            states = self.dynamics.with_dt(h).rollout(start, commands)
             x = states[-1, :, 0].cpu().double().numpy()
         return x, follower.command(t + request.latency)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mbctrl.base.robot import Positive, Vector
 from mbctrl.base.spec import Number, Spec
-from mbctrl.tasks.algebra import cos, dot, positive, pseudo_huber
+from mbctrl.tasks.algebra import absolute, cos, dot, positive, pseudo_huber
 from mbctrl.tasks.features import Features, RobotScales
 
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -33,8 +33,8 @@ class Term(Spec):
 
 
 def _position_error(f: Features, scale: float) -> Any:
-    error = [(f.p_world_tcp[i] - f.p_world_target[i]) * (1.0 / scale) for i in range(3)]
-    return dot(error, error)
+    error = [f.p_world_tcp[i] - f.p_world_target[i] for i in range(3)]
+    return dot(error, error) * (1.0 / scale**2)
 
 
 def _rotation_error(f: Features, scale: float) -> Any:
@@ -105,7 +105,7 @@ class Velocity(Term):
         total = 0.0
         for i, weight in enumerate(self.joint_weights or (1.0,) * len(robot.velocity)):
             if weight:
-                total = total + (weight / (self.scale or robot.velocity[i]) ** 2) * f.v[i] * f.v[i]
+                total = total + (weight / (self.scale or robot.velocity[i]) ** 2) * (f.v[i] * f.v[i])
         return total
 
 
@@ -113,7 +113,7 @@ class Effort(Term):
     """Commanded joint torques over their limits, squared and summed."""
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
-        return sum((1.0 / limit**2) * f.effort[i] * f.effort[i] for i, limit in enumerate(robot.effort))
+        return sum((1.0 / limit**2) * (f.effort[i] * f.effort[i]) for i, limit in enumerate(robot.effort))
 
 
 class Smoothness(Term):
@@ -124,9 +124,9 @@ class Smoothness(Term):
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0
         for i in range(len(f.u)):
-            change = (f.u[i] - f.u_before[i]) * (1.0 / self.scale)
+            change = f.u[i] - f.u_before[i]
             total = total + change * change
-        return total
+        return total * (1.0 / self.scale**2)
 
 
 class JointLimits(Term):
@@ -138,8 +138,8 @@ class JointLimits(Term):
         total = 0.0
         for i, (low, high) in enumerate(zip(robot.position_lower, robot.position_upper)):
             over = positive(f.q[i] - (high - self.margin)) + positive(low + self.margin - f.q[i])
-            total = total + over * over * (1.0 / self.margin**2)
-        return total
+            total = total + over * over
+        return total * (1.0 / self.margin**2)
 
 
 class VelocityLimits(Term):
@@ -150,10 +150,9 @@ class VelocityLimits(Term):
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0
         for i, limit in enumerate(robot.velocity):
-            ratio = f.v[i] * (1.0 / limit)
-            over = positive(ratio - (1 - self.margin)) + positive(-(1 - self.margin) - ratio)
-            total = total + over * over * (1.0 / self.margin**2)
-        return total
+            over = positive(absolute(f.v[i] * (1.0 / limit)) - (1 - self.margin))
+            total = total + over * over
+        return total * (1.0 / self.margin**2)
 
 
 class AccelerationLimits(Term):
@@ -168,10 +167,9 @@ class AccelerationLimits(Term):
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0
         for i, limit in enumerate(robot.acceleration or ()):
-            ratio = f.a[i] * (1.0 / limit)
-            over = positive(ratio - (1 - self.margin)) + positive(-(1 - self.margin) - ratio)
-            total = total + over * over * (1.0 / self.margin**2)
-        return total
+            over = positive(absolute(f.a[i] * (1.0 / limit)) - (1 - self.margin))
+            total = total + over * over
+        return total * (1.0 / self.margin**2)
 
 
 class Avoid(Term):
@@ -187,9 +185,9 @@ class Avoid(Term):
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0
         for distances in f.clearances:
-            over = positive(self.margin + self.buffer - distances) * (1.0 / self.buffer)
+            over = positive(self.margin + self.buffer - distances)
             total = total + (over * over).sum(0)
-        return total
+        return total * (1.0 / self.buffer**2)
 
 
 TERMS = {

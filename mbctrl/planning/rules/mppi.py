@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,12 +52,18 @@ class Mppi(Rule):
         # The temperature is of the order of the excess at the rank asked for; a mean would follow one diverged sample.
         scale = max(float(np.partition(values, round(wanted))[round(wanted)]), 1e-12)
 
+        below = values * (-1.0 / scale)
+
         def surplus(power: float) -> float:
             # Cut at e^-40: squares stay normal numbers, with which processors are many times faster.
             weights = np.exp(np.maximum(below * 10.0**-power, -40.0))
-            return float(weights.sum()) ** 2 / float(weights @ weights) - wanted
+            return 2 * math.log(weights.sum()) - math.log(weights @ weights) - wanted
 
-        below = values * (-1.0 / scale)
-        low, high = -4.0, 2.0  # powers of ten around the scale; the size grows with the temperature
-        power = low if surplus(low) >= 0 else high if surplus(high) <= 0 else brentq(surplus, low, high, xtol=0.01)
+        # Powers of ten around the scale; the size grows with the temperature, as a power of it for most costs.
+        wanted = math.log(wanted)
+        low, high = -1.0, 1.0
+        ends = surplus(low), surplus(high)
+        if ends[0] > 0:
+            low, high, ends = -4.0, low, (surplus(-4.0), ends[0])
+        power = low if ends[0] >= 0 else high if ends[1] <= 0 else brentq(surplus, low, high, xtol=0.01)
         return torch.softmax(excess * (-(10.0**-power) / scale), 0)
