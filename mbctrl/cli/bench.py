@@ -31,7 +31,7 @@ def bench(name: str, quick: bool, as_json: bool) -> int:
         raise SpecError("benchmarks come with the checkout, not with the installed package", file=folder)
     if name not in known:
         raise SpecError(f"unknown benchmark '{name}'{suggest(name, known)}")
-    progress = Console(stderr=True)
+    progress, before = Console(stderr=True), _jiffies()
     sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(name, known[name])
     module = importlib.util.module_from_spec(spec)
@@ -48,13 +48,29 @@ def bench(name: str, quick: bool, as_json: bool) -> int:
         finite = [{**row, "value": row["value"] if math.isfinite(row["value"]) else None} for row in rows]
         print(json.dumps(finite, allow_nan=False))
         return 0
-    _table(name, rows, quick)
+    _table(name, rows, quick, _stolen(before))
     return 0
 
 
-def _table(name: str, rows: list[dict[str, Any]], quick: bool) -> None:
+def _jiffies() -> list[int]:
+    """Return Linux's counts of processor time: user, nice, system, idle, iowait, irq, softirq, steal, …; else nothing."""
+    try:
+        return [int(count) for count in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return []
+
+
+def _stolen(before: list[int]) -> str:
+    """Say what share of the wanted processor time other virtual machines took since ``before``: wall times suffer by it."""
+    spent = [b - a for a, b in zip(before, _jiffies())]
+    busy = sum(spent[:3]) + sum(spent[5:8])
+    share = spent[7] / busy if len(spent) > 7 and busy else 0.0
+    return f", {share:.0%} of its processor time taken by other machines" if share >= 0.01 else ""
+
+
+def _table(name: str, rows: list[dict[str, Any]], quick: bool, stolen: str) -> None:
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    title = f"{name}{' (quick)' if quick else ''}: {os.cpu_count()} cores{load}"
+    title = f"{name}{' (quick)' if quick else ''}: {os.cpu_count()} cores{load}{stolen}"
     table = Table(title=title, title_justify="left")
     for column, side in (("figure", "left"), ("value", "right"), ("unit", "left"), ("bar", "right"), ("", "left")):
         table.add_column(column, justify=side)

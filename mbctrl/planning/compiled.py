@@ -139,6 +139,7 @@ class KernelSearch(Search):
         factors = np.stack([term.weight * when for term in terms], 1)
         factors[-1] += [term.weight * term.terminal * discount**knots.steps for term in terms]
         self._factors = torch.tensor(factors, **self._like)
+        self._last: tuple[tuple[Any, ...], Tensor] = ((), self._factors)
 
     def prepare(self, position: bool, rotation: bool, joints: bool) -> None:
         """Compile now for goals that give these targets."""
@@ -188,6 +189,10 @@ class KernelSearch(Search):
         return candidates[..., : self._samples], costs[: self._samples]
 
     def _table(self, traced: Traced, parameters: Parameters) -> Tensor:
+        """Return the table (H, columns); the last one again where it was made of the same tensors."""
+        of = (traced, parameters.p_target, parameters.r_target, *parameters.obstacles)
+        if len(of) == len(self._last[0]) and all(a is b for a, b in zip(of, self._last[0])):
+            return self._last[1]
         steps = self._knots.steps
         table = torch.empty((steps, traced.program.sizes["table"]), **self._like)
         for name, columns in traced.table.items():
@@ -197,6 +202,7 @@ class KernelSearch(Search):
                 table[:, columns] = parameters.obstacles[int(name.partition(".")[2])].view(-1, steps).T
             else:
                 table[:, columns] = getattr(parameters, name).reshape(-1, steps).T
+        self._last = (of, table)
         return table
 
     def _uniform(self, traced: Traced, parameters: Parameters) -> Tensor:

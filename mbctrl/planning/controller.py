@@ -15,7 +15,7 @@ from torch import Tensor
 from mbctrl.base.config import PlannerSpec, RunConfig
 from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
-from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal, Target
 from mbctrl.base.spec import import_name
 from mbctrl.dynamics.load import Model
 from mbctrl.planning.backends import Parts, analytic_of, build_backend
@@ -66,6 +66,7 @@ class MpcController:
         )
         self._like, self._steps = like, steps
         self._bounds = (low, high)
+        self._targets = [self._still(target) for target in config.goal.targets] if isinstance(config.goal, PoseGoal) else []
         self._edges = tuple(self._tensor(bound)[None, :, None] for bound in self._bounds)
         self._times = np.arange(steps + 1) * config.dynamics.dt
         self._spread = self.knots.weights(self._times)
@@ -135,10 +136,12 @@ class MpcController:
         if request.target is not None:
             position, rotation = request.target
             target = (np.tile(position, (self._steps, 1)), None if rotation is None else np.tile(rotation, (self._steps, 1, 1)))
-        elif isinstance(goal, (PoseGoal, FigureEightGoal)):
+        elif isinstance(goal, FigureEightGoal):
             target = goal.sample(request.goal, request.goal_time + ahead)
         p = r = None
-        if target is not None:
+        if isinstance(goal, PoseGoal) and request.target is None:  # stands still: the same tensors again
+            p, r = self._targets[min(request.goal, len(goal.targets) - 1)]
+        elif target is not None:
             p = self._tensor(target[0]).T[:, :, None]
             r = None if target[1] is None else self._tensor(target[1]).permute(1, 2, 0)[..., None]
         return Parameters(
@@ -148,6 +151,13 @@ class MpcController:
             q_target=self._tensor(np.asarray(goal.position)) if isinstance(goal, JointGoal) else None,
             obstacles=tuple(self._tensor((at[:, None] + rate[:, None] * ahead)[..., None]) for at, rate in request.obstacles),
         )
+
+    def _still(self, target: Target) -> tuple[Tensor, Tensor | None]:
+        """Return a target that stands still as position (3, H, 1) and rotation (3, 3, H, 1) or None."""
+        rotation = None if target.rotation is None else self._tensor(target.rotation)[..., None, None]
+        position = self._tensor(np.asarray(target.position))[:, None, None]
+        size = (self._steps, 1)
+        return position.expand(3, *size), None if rotation is None else rotation.expand(3, 3, *size)
 
     def _predict(self, request: PlanRequest) -> tuple[np.ndarray, np.ndarray]:
         """Return state and command in force ``latency`` seconds after the stamp: the plans in force, rolled forward."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -62,12 +63,14 @@ class Rule(ABC):
 
 
 def ranked(costs: Tensor, count: int) -> Tensor:
-    """Return the indices of the ``count`` cheapest candidates that are finite, at least one, (E,).
+    """Return the indices of the ``count`` cheapest candidates that are finite, cheapest first, (E,).
 
-    ``costs`` must have its NaN replaced by +inf: ``topk`` of a negated NaN would pick it first.
+    ``costs`` must have its NaN replaced by +inf.
     """
-    values, index = torch.topk(costs, min(count, len(costs)), largest=False)
-    return index[torch.isfinite(values)]
+    values = costs.cpu().numpy()  # a selection of a few among thousands is several times quicker here than as a tensor
+    index = np.arange(len(values)) if count >= len(values) else np.argpartition(values, count)[:count]
+    index = index[np.argsort(values[index], kind="stable")]
+    return torch.from_numpy(index[values[index] < np.inf]).to(costs.device)
 
 
 def equal_weights(costs: Tensor, index: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from mbctrl.base.config import Count
@@ -29,9 +30,8 @@ class Cem(Rule):
     def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
         """Return mean and spread of the elites, smoothed with the old ones."""
         index = ranked(costs, self.elites)
-        chosen = knots[:, :, index]
-        keep = self.smoothing
-        mean = keep * old.mean + (1 - keep) * chosen.mean(-1)
-        spread = keep * old.spread + (1 - keep) * chosen.std(-1, unbiased=False)
-        new = replace(old, mean=mean, spread=spread, best=knots[:, :, index[0]])
+        chosen = knots.index_select(2, index)
+        spread, mean = torch.std_mean(chosen, -1, correction=0)
+        mean, spread = (torch.lerp(new, old, self.smoothing) for new, old in ((mean, old.mean), (spread, old.spread)))
+        new = replace(old, mean=mean, spread=spread, best=chosen[:, :, 0])
         return new, equal_weights(costs, index)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from mbctrl.base.robot import Positive
 from mbctrl.planning.rules.base import Distribution, Factor, Rule, Share, ShareOrNone
+
+_NEAR, _FAR = np.linspace(-1, 0.5, 10), np.linspace(-4, 2, 49)  # powers of ten
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,23 @@ class Mppi(Rule):
 
     def _with_ess(self, excess: Tensor) -> Tensor:
         """Return the weights at the temperature whose effective sample size is the one asked for."""
-        # In numpy: a dozen passes over a few thousand numbers, each many times dearer as a tensor operation.
+        # In numpy, where a pass over a few thousand numbers is several times cheaper than as a tensor operation.
         values = excess.cpu().numpy()
         wanted = self.ess * np.isfinite(values).sum()
         # The temperature is of the order of the excess at the rank asked for; a mean would follow one diverged sample.
-        scale = max(float(np.partition(values, round(wanted))[round(wanted)]), 1e-12)
-
-        below = values * (-1.0 / scale)
-
-        def surplus(power: float) -> float:
-            # Cut at e^-40: squares stay normal numbers, with which processors are many times faster.
-            weights = np.exp(np.maximum(below * 10.0**-power, -40.0))
-            return 2 * math.log(weights.sum()) - math.log(weights @ weights) - wanted
-
-        # Powers of ten around the scale; the size grows with the temperature, as a power of it for most costs.
-        wanted = math.log(wanted)
-        low, high = -1.0, 1.0
-        ends = surplus(low), surplus(high)
-        if ends[0] > 0:
-            low, high, ends = -4.0, low, (surplus(-4.0), ends[0])
-        power = low if ends[0] >= 0 else high if ends[1] <= 0 else brentq(surplus, low, high, xtol=0.01)
+        scale = max(float(np.partition(values, int(wanted))[int(wanted)]), 1e-12)
+        ladder = _NEAR
+        sizes = _sizes(values, scale, ladder)
+        if not sizes[0] <= wanted <= sizes[-1]:
+            ladder = _FAR
+            sizes = _sizes(values, scale, ladder)
+        # The size grows with the temperature, between rungs as a power of it.
+        power = np.interp(math.log(wanted), np.log(sizes), ladder)
         return torch.softmax(excess * (-(10.0**-power) / scale), 0)
+
+
+def _sizes(values: np.ndarray, scale: float, ladder: np.ndarray) -> np.ndarray:
+    """Return the effective sample sizes at temperatures of ``scale`` times powers of ten, (R,)."""
+    # Cut at e^-40: squares stay normal numbers, with which processors are many times faster.
+    weights = np.exp(np.maximum(values * (-(10.0**-ladder) / scale).astype(values.dtype)[:, None], -40.0))
+    return weights.sum(1) ** 2 / np.einsum("ij,ij->i", weights, weights)
