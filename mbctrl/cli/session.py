@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
 from mbctrl.base.spec import dump_yaml
 from mbctrl.cli.build import build_controller, check_goal, load_run_model
-from mbctrl.cli.process import ProcessPort
+from mbctrl.cli.process import ProcessPort, steady
 from mbctrl.dynamics.load import Model
 from mbctrl.report.summary import Summary, summarise
 from mbctrl.runtime.clock import LockstepClock, RealClock
@@ -99,7 +100,8 @@ class Session:
             self._open_logs(folder)
             self.loop = ControlLoop(self.robot, self.driver, self.port, self.clock, self.config.loop, self._request, self._observe)
             try:
-                self.loop.run(self.config.duration)
+                with steady() if not self.lockstep else nullcontext():
+                    self.loop.run(self.config.duration)
             except KeyboardInterrupt:
                 self.interrupted = True
         finally:

@@ -9,9 +9,6 @@ import numpy as np
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import Lanes, Writer
 
-VERSION = 6
-"""Raised whenever the same program would lower to different code."""
-
 # A job is an array of 64-bit words: counts, addresses and bits, in this order.
 SLOTS = (
     "next",  # block to do next; threads take turns

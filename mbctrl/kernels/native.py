@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import sys
 import threading
 import time
 from functools import cache
@@ -17,8 +18,10 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from mbctrl.base.errors import ModelError
+from mbctrl.kernels import llvm as lowering
+from mbctrl.kernels import vector
 from mbctrl.kernels.cache import cache_folder, read, write
-from mbctrl.kernels.llvm import SLOTS, VERSION, Lowering, Sampling, words
+from mbctrl.kernels.llvm import SLOTS, Lowering, Sampling, words
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import Lanes
 
@@ -56,6 +59,14 @@ def host() -> tuple[str, str, int]:
     return llvm.get_host_cpu_name(), features.flatten(), bits
 
 
+@cache
+def _lowering() -> str:
+    """Return the hash of the code that lowers, so that no code of an older lowering is taken from the cache."""
+    return hashlib.sha256(
+        b"".join(Path(module.__file__).read_bytes() for module in (lowering, vector, sys.modules[__name__]))
+    ).hexdigest()
+
+
 def lanes_of(dtype: type | np.dtype) -> Lanes:
     """Return the widest vectors of float32 or float64 here."""
     size = np.dtype(dtype).itemsize * 8
@@ -84,7 +95,7 @@ class Native:
         self.lanes = lanes_of(dtype)
         name, features, _ = host()
         start = time.perf_counter()
-        identity = (program.digest, self.lanes, sampling, VERSION, llvmlite.__version__, name, features)
+        identity = (program.digest, self.lanes, sampling, _lowering(), llvmlite.__version__, name, features)
         self.key = hashlib.sha256(repr(identity).encode()).hexdigest()
         path = (folder or cache_folder()) / f"{self.key}.o"
         code = read(path)
