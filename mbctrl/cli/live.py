@@ -41,7 +41,9 @@ class ViewerPort:
         """Send what there is to see; return a target the user dragged, or None. Never waits."""
         if not self._process.is_alive():
             return None
-        status = f"position error {live.progress.position_error * 1e3:.1f} mm  \nlatency {live.latency * 1e3:.0f} ms"
+        error, joints = live.progress.position_error, not np.isfinite(live.progress.rotation_error)
+        what = f"joint error {error:.3f} rad" if joints else f"position error {error * 1e3:.1f} mm"
+        status = f"{what}  \nlatency {live.latency * 1e3:.0f} ms"
         self._pipe.send((live.t, live.q, live.target, None if live.plan is None else live.plan.fan, status))
         target = None
         while self._pipe.poll():

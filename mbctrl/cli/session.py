@@ -20,6 +20,7 @@ from mbctrl.base.logs import LogWriter, read_log
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
+from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
 from mbctrl.cli.build import build_controller, check_goal, load_run_model
 from mbctrl.cli.process import ProcessPort, steady
@@ -182,7 +183,7 @@ class Session:
         header = provenance(self.config, self.robot, self.lockstep)
         text = dump_yaml({**header, "config": self.config.model_dump(mode="json")})
         (folder / "config.yaml").write_text(text, encoding="utf-8")
-        self._log = LogWriter(folder / "log.csv", _columns(self.model), header)
+        self._log = LogWriter(folder / "log.csv", _columns(self.model, isinstance(self.config.goal, JointGoal)), header)
         self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
 
 
@@ -198,7 +199,7 @@ _PLAN_COLUMNS = [
 ]
 
 
-def _columns(model: Model) -> list[tuple[str, str]]:
+def _columns(model: Model, joints: bool) -> list[tuple[str, str]]:
     robot, revolute = model.robot, dict(zip(model.tree.joints, model.tree.revolute))
     position = {joint: "rad" if turning else "m" for joint, turning in revolute.items()}
     force = {joint: "N·m" if turning else "N" for joint, turning in revolute.items()}
@@ -213,7 +214,7 @@ def _columns(model: Model) -> list[tuple[str, str]]:
         *((f"tcp_quaternion.{part}", "1") for part in "wxyz"),
         *((f"target.{axis}", "m") for axis in "xyz"),
         *((f"target_quaternion.{part}", "1") for part in "wxyz"),
-        ("error.position", "m"),
+        ("error.position", "rad" if joints else "m"),
         ("error.rotation", "rad"),
         ("clearance", "m"),
         ("reward", "1"),

@@ -228,8 +228,10 @@ def _draw_target(axes: Axes, target: np.ndarray, i: int, j: int) -> None:
 
 def _draw_error(axes: Axes, log: Log) -> None:
     t, used = _time(log), False
+    joints = log.units.get("error.position") == "rad"  # the goal is a configuration
+    position = (1.0, "joint error [rad]") if joints else (1e3, "position error [mm]")
     shown = (
-        ("error.position", 1e3, "position error [mm]", COLOURS[0]),
+        ("error.position", *position, COLOURS[0]),
         ("error.rotation", 180 / np.pi, "rotation error [deg]", COLOURS[3]),
     )
     for column, scale, label, colour in shown:
