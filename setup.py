@@ -26,7 +26,10 @@ EXTRAS = {
         "scipy>=1.13,<2",
         "torch>=2.6,<3",
     ],
-    "cuda": ["cuda-bindings>=13,<14", "cuda-core>=1,<2", "nvidia-cuda-nvrtc>=13,<14"],
+    # There is no CUDA for macOS.
+    "cuda": [
+        f"{need}; sys_platform != 'darwin'" for need in ("cuda-bindings>=13,<14", "cuda-core>=1,<2", "nvidia-cuda-nvrtc>=13,<14")
+    ],
     "viewer": ["trimesh>=4,<6", "viser>=1.1,<2"],
     "dev": ["pytest>=8,<10", "ruff>=0.8,<1", "websockets>=13,<17"],
 }
