@@ -377,3 +377,11 @@ def test_effort_is_the_servo_without_gravity(models: dict[str, Model]) -> None:
     expected = np.asarray(robot.control.stiffness) * (u - q) - np.asarray(robot.control.damping) * v
     np.testing.assert_allclose(features.effort[:, 0, 0], expected, rtol=1e-5, atol=1e-3)
     assert torch.equal(features.u_before[:, 0, 0], before) and features.p_world_tcp is None
+
+
+@pytest.mark.parametrize("device", ["gpu7", "meta:x"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_device_torch_does_not_have_is_refused_by_name(device: str, backend: str, models: dict[str, Model]) -> None:
+    with pytest.raises(SpecError, match="dynamics.device: torch cannot use") as caught:
+        MpcController(config("panda", dynamics={"device": device, "backend": backend}), models["panda"])
+    assert "\n" not in str(caught.value)

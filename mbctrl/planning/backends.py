@@ -107,9 +107,18 @@ def _goals(config: RunConfig) -> set[tuple[bool, bool, bool]]:
     return {(not isinstance(goal, JointGoal), False, isinstance(goal, JointGoal))}
 
 
-def analytic_of(config: RunConfig, model: Model) -> RigidBodyDynamics:
-    """Return the run's analytic model in torch."""
+def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None) -> RigidBodyDynamics:
+    """Return the run's analytic model in torch.
+
+    Errors:
+        SpecError: for a device torch does not have.
+    """
     dynamics = config.dynamics
+    try:
+        torch.empty(0, device=dynamics.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
+        reason = str(error).split("\n", 1)[0]
+        raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
     return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
 
 

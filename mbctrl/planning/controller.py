@@ -45,7 +45,7 @@ class MpcController:
         self.config, self.model = config, model
         robot, spec = model.robot, config.planner
         steps = max(1, round(spec.horizon / config.dynamics.dt))
-        self.analytic = analytic_of(config, model)
+        self.analytic = analytic_of(config, model, file)
         self._at = 1.0 if robot.control.mode == "impedance" and config.dynamics.backend != "mujoco" else 0.5
         like: dict[str, Any] = {"dtype": self.analytic.dtype, "device": self.analytic.device}
         try:
