@@ -18,8 +18,8 @@ from mbctrl.base.plan import PlanRequest
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.kernels.graph import Graph
-from mbctrl.kernels.llvm import Sampling
-from mbctrl.kernels.native import Native, Pool, host, words
+from mbctrl.kernels.llvm import Sampling, words
+from mbctrl.kernels.native import Native, Pool, host
 from mbctrl.kernels.program import Program
 from mbctrl.planning.compiled import KernelSearch
 from mbctrl.planning.controller import MpcController

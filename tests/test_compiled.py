@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,9 @@ from mbctrl.dynamics.actuation import Impedance
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.kernels import native
+from mbctrl.kernels.llvm import words
 from mbctrl.kernels.native import Pool
+from mbctrl.kernels.trace import Goal
 from mbctrl.planning import compiled
 from mbctrl.planning.compiled import KernelDynamics, KernelSearch
 from mbctrl.planning.controller import MpcController
@@ -343,7 +349,7 @@ def test_a_search_in_double_precision_is_torchs_or_refused(noise: str, pool: Poo
         ours = KernelSearch(
             dynamics, tool, task, knots, drawn, samples=20, lower=-bound, upper=bound, engine=CpuEngine(pool, dynamics.dtype)
         )
-        ours.prepare(False, False, True)
+        ours.kernel(Goal(joints=True))
     except (ValueError, TypeError, ModelError):
         return
     mean = torch.zeros(4, 2, dtype=torch.float64)
@@ -477,6 +483,40 @@ def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horiz
         assert torch.equal(ours.step(x, u[0]), found[1])
     guard.check()
     assert (ours.dt, ours.nq, ours.nx, ours.nu) == (torchs.dt, torchs.nq, torchs.nx, torchs.nu)
+
+
+def test_memory_outlives_an_interrupted_caller() -> None:
+    """A thread may still be writing when Ctrl-C ends the caller: what it writes to must not be freed."""
+    interrupted, seen = threading.Event(), []
+
+    class Code:
+        def run(self, address: int, wait: int) -> None:
+            if threading.current_thread().name != "mbctrl-kernel":
+                raise KeyboardInterrupt
+            interrupted.wait(10)
+            gc.collect()
+            seen.append(owner() is not None)
+
+    memory = {"cost": torch.zeros(3)}
+    owner, pool = weakref.ref(memory["cost"]), Pool(2)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(Code(), words(blocks=2), memory)
+    del memory
+    interrupted.set()
+    for _ in range(200):
+        if seen:
+            break
+        time.sleep(0.01)
+    assert seen == [True]
+
+
+def test_planners_share_their_threads() -> None:
+    run = run_of(ARM2, planner={"samples": 40}, dynamics={"threads": 3})
+    controller(run, "kernel")
+    before = threading.active_count()
+    for _ in range(3):
+        controller(run, "kernel")
+    assert threading.active_count() == before
 
 
 def test_one_state_may_be_expanded_to_many(pool: Pool) -> None:

@@ -27,8 +27,8 @@ from mbctrl.dynamics.load import load_model
 from mbctrl.kernels import gpu
 from mbctrl.kernels.cuda import COUNTS, SLOTS, required, source
 from mbctrl.kernels.graph import Graph, evaluate, maximum, minimum, where
-from mbctrl.kernels.llvm import Sampling
-from mbctrl.kernels.native import Native, Pool, words
+from mbctrl.kernels.llvm import Sampling, words
+from mbctrl.kernels.native import Native, Pool
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective

@@ -24,9 +24,10 @@ from mbctrl.dynamics.reference import ReferenceDynamics
 from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import RigidTree
 from mbctrl.kernels import native as native_module
+from mbctrl.kernels.cache import cache_folder
 from mbctrl.kernels.graph import Graph, Scalar, evaluate, maximum, minimum, tidy, where
-from mbctrl.kernels.llvm import SLOTS, Sampling
-from mbctrl.kernels.native import Native, Pool, cache_folder, lanes_of, words
+from mbctrl.kernels.llvm import SLOTS, Sampling, words
+from mbctrl.kernels.native import Native, Pool, lanes_of
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import PARAMETERS, Goal, Traced, trace_dynamics, trace_objective

@@ -38,21 +38,7 @@ _X86 = [
     "declare void @llvm.x86.sse.stmxcsr(ptr)",
     "declare void @llvm.x86.sse.ldmxcsr(ptr)",
 ]
-_POINTERS = (
-    "start",
-    "commands",
-    "table",
-    "uniform",
-    "sample",
-    "cost",
-    "states",
-    "basis",
-    "knots",
-    "mean",
-    "spread",
-    "lower",
-    "upper",
-)
+_COUNTS = ("next", "done", "blocks", "samples", "steps", "fixed", "seed", "draw")  # the others are addresses
 
 
 @dataclass(frozen=True)
@@ -134,7 +120,7 @@ class Lowering:
 
     def _slot(self, name: str) -> str:
         w = self.w
-        kind = "ptr" if name in _POINTERS else "i64"
+        kind = "i64" if name in _COUNTS else "ptr"
         return w.put(f"load {kind}, ptr {w.put(f'getelementptr i64, ptr %job, i64 {SLOTS.index(name)}')}, align 8")
 
     def _smaller(self, a: str, b: str) -> str:
@@ -211,15 +197,12 @@ class Lowering:
 
     def _rollout(self) -> None:
         """Roll one block of samples out."""
-        program, w, lanes = self.program, self.w, self.lanes
-        graph = program.graph
-        varying = program.varying
+        program, graph, w, lanes = self.program, self.program.graph, self.w, self.lanes
         self._input = {"start": self._start, "uniform": self._uniform, "sample": self._sample}
         first = {k: self._value(program.first[k]) for k in self.live}
         for index in graph.needed(program.following[k] for k in self.live):
-            if index not in varying:
+            if index not in program.varying:
                 self._value(index)
-        invariant = dict(self._values)
         self._states("0", {k: first[k] for k in range(program.states)}, "before")
         w.do("br label %loop")
         w.label("loop")
@@ -227,9 +210,7 @@ class Lowering:
         place = len(w.lines)
         carry = {k: f"%c{k}" for k in self.live}
         self._input |= {"carry": carry.__getitem__, "table": self._table, "command": self._command}
-        self._commands: dict[int, str] = {}
-        needed = [i for i in graph.needed(program.following[k] for k in self.live) if i in varying]
-        for index in needed:
+        for index in graph.needed(program.following[k] for k in self.live):
             self._value(index)
         following = {k: self._value(program.following[k]) for k in self.live}
         w.do(f"%following = add i64 {self._step}, 1")
@@ -243,7 +224,6 @@ class Lowering:
             for k in range(program.states):
                 wrong = w.add(wrong, w.sub(following[k], following[k]))
             w.store(w.add(following[program.cost], wrong), w.at(self.slots["cost"], self.base))
-        self._values = invariant
 
     def _states(self, step: str, values: dict[int, str], then: str) -> None:
         """Write the states if they are asked for, then go on in block ``then``."""

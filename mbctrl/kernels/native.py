@@ -12,6 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -21,7 +22,7 @@ from mbctrl.base.errors import ModelError
 from mbctrl.kernels import llvm as lowering
 from mbctrl.kernels import vector
 from mbctrl.kernels.cache import cache_folder, read, write
-from mbctrl.kernels.llvm import SLOTS, Lowering, Sampling, words
+from mbctrl.kernels.llvm import SLOTS, Lowering, Sampling
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import Lanes
 
@@ -42,16 +43,9 @@ def host() -> tuple[str, str, int]:
     """
     features = llvm.get_host_cpu_features()
     machine = platform.machine().lower()
-    if _is_x86():
-        bits = (
-            512
-            if features.get("avx512f") and features.get("avx512dq")
-            else 256
-            if features.get("avx2") and features.get("fma")
-            else 0
-        )
-    else:
-        bits = 128 if machine in ("aarch64", "arm64") else 0
+    bits = 128 if machine in ("aarch64", "arm64") else 0
+    if _is_x86() and features.get("avx2") and features.get("fma"):
+        bits = 512 if features.get("avx512f") and features.get("avx512dq") else 256
     if not bits:
         raise ModelError(
             f"no compiled rollouts for this processor ({machine}): expected AVX-512, AVX2 with FMA, or NEON", key="dynamics.backend"
@@ -106,7 +100,7 @@ class Native:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(name, features), use_lmm=True)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        # CDLL functions let other Python threads run while they do.
+        # A ctypes function lets other Python threads run while it does.
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._engine.get_function_address("run"))
         self.seconds = time.perf_counter() - start
 
@@ -136,6 +130,12 @@ def _machine(name: str, features: str) -> llvm.TargetMachine:
     return llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3, jit=True, codemodel="small")
 
 
+@cache
+def shared_pool(threads: int) -> Pool:
+    """Return the process's pool of so many threads; they wait for ever, so there is one for all who plan."""
+    return Pool(threads)
+
+
 class Pool:
     """Threads that wait for jobs; the caller works too.
 
@@ -149,22 +149,22 @@ class Pool:
         for _ in range(self.threads - 1):
             threading.Thread(target=_work, args=(self._queue,), daemon=True, name="mbctrl-kernel").start()
 
-    def run(self, native: Native, job: np.ndarray) -> None:
-        """Do all blocks of ``job``; its arrays must outlive the call."""
-        address = job.ctypes.data
+    def run(self, native: Native, job: np.ndarray, memory: Any = None) -> None:
+        """Do all blocks of ``job``.
+
+        ``memory`` owns what the job points at: each thread holds on to it while it works, also where the caller is
+        interrupted (Ctrl-C) before the last block is done.
+        """
         helpers = min(self.threads, int(job[_BLOCKS])) - 1
         for _ in range(helpers):
-            self._queue.put((native, job))  # a thread that comes late finds no block left, in this job's own counter
-        native.run(address, _SPINS if helpers > 0 else 0)
+            self._queue.put((native, job, memory))  # a thread that comes late finds no block left, in this job's own counter
+        native.run(job.ctypes.data, _SPINS if helpers > 0 else 0)
         while job[_DONE] < job[_BLOCKS]:
             time.sleep(5e-5)
 
 
 def _work(queue: SimpleQueue) -> None:
     while True:
-        native, job = queue.get()
+        native, job, memory = queue.get()
         native.run(job.ctypes.data, 0)
-        del native, job
-
-
-__all__ = ["Native", "Pool", "cache_folder", "host", "lanes_of", "words"]
+        del native, job, memory

@@ -96,8 +96,7 @@ class TracedArm:
     def motion(self, rotations: list[Array], positions: list[Array], v: Array, sine: Array, cosine: Array) -> Motion:
         """Return M(q) with armature, bias and gravity torque, from ``turns``, joint speeds and the angles' sin and cos."""
         children = [[k for k in range(self.n) if self.tree.parent[k] == i] for i in range(self.n)]
-        spin, falls = self._bias_wrenches(rotations, positions, v)
-        forces, torques = spin
+        forces, torques, falls = self._bias_wrenches(rotations, positions, v)
         bias, gravity = _zeros(self.n), _zeros(self.n)
         matrix = _zeros(self.n, self.n)
         composites: list[Body] = [None] * self.n  # type: ignore[list-item]
@@ -137,8 +136,8 @@ class TracedArm:
             j = self.tree.parent[j]
         matrix[i, i] = matrix[i, i] + self.tree.armature[i]
 
-    def _bias_wrenches(self, rotations: list[Array], positions: list[Array], v: Array) -> tuple[Any, list[Array]]:
-        """Return each link's own inertial force and torque at zero joint acceleration, and gravity in its frame."""
+    def _bias_wrenches(self, rotations: list[Array], positions: list[Array], v: Array) -> tuple[list[Array], ...]:
+        """Return each link's own inertial forces and torques at zero joint acceleration, and gravity, in its frame, (3,) each."""
         spins, turnings, drives, falls = [], [], [], []
         forces, torques = [], []
         for i in range(self.n):
@@ -162,7 +161,7 @@ class TracedArm:
             own = _whirl(spin, turning)
             forces.append(body.mass * drive + own @ body.moment)
             torques.append(_twisted(own, body.second) + np.cross(body.moment, drive))
-        return (forces, torques), falls
+        return forces, torques, falls
 
     def solve(self, matrix: Array, right: Array) -> Array:
         """Return M⁻¹ ``right``; M as its lower triangle, factored Lᵀ D L along the tree so that no zero fills in."""
@@ -230,10 +229,9 @@ def _twisted(whirl: Array, second: Array) -> Array:
 def _spun(second: Array, sine: Any, cosine: Any) -> Array:
     """Return a second moment turned about z, by the double angle."""
     xx, yy, xy, xz, yz = second[0, 0], second[1, 1], second[0, 1], second[0, 2], second[1, 2]
-    both, two_sine = sine * cosine, 2.0 * sine
-    swing, twice = 0.5 - sine * sine, two_sine * cosine  # half cos 2a, sin 2a
+    both, swing = sine * cosine, 0.5 - sine * sine  # half of sin 2a and of cos 2a
     mean, difference = 0.5 * (xx + yy), xx - yy
-    along = swing * difference - twice * xy
+    along = swing * difference - 2.0 * both * xy
     across = both * difference + 2.0 * swing * xy
     out = np.empty((3, 3), dtype=object)
     out[0, 0], out[1, 1], out[2, 2] = mean + along, mean - along, second[2, 2]

@@ -17,6 +17,7 @@ from mbctrl.dynamics.actuation import actuation_of
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
+from mbctrl.kernels.trace import Goal
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
 from mbctrl.planning.objective import FeatureMap, RolloutObjective
@@ -72,13 +73,13 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
 
 
 def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: torch.Tensor, high: torch.Tensor) -> Backend:
-    from mbctrl.kernels.native import Pool  # llvmlite is only needed here
+    from mbctrl.kernels.native import shared_pool  # llvmlite is only needed here
     from mbctrl.planning.compiled import KernelDynamics, KernelSearch
     from mbctrl.planning.engines import CpuEngine, GpuEngine
 
     if analytic.device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected dynamics.device cpu or cuda, found {analytic.device}")
-    here = CpuEngine(Pool(config.dynamics.threads), analytic.dtype)
+    here = CpuEngine(shared_pool(config.dynamics.threads), analytic.dtype)
     search = KernelSearch(
         analytic,
         parts.features.tool,
@@ -92,19 +93,19 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: t
         discount=config.planner.discount,
         obstacles=config.obstacles,
     )
-    for position, rotation, joints in sorted(_goals(config)):
-        search.prepare(position, rotation, joints)
+    for given in _goals(config):
+        search.kernel(given)  # compiled now, not in the middle of the run
     return Backend("kernel", search, KernelDynamics(analytic, here))  # one rollout alone is the processor's work
 
 
-def _goals(config: RunConfig) -> set[tuple[bool, bool, bool]]:
-    """Return which targets the run's goals give: position, rotation, joints."""
+def _goals(config: RunConfig) -> set[Goal]:
+    """Return which targets the run's goal gives, all its kinds."""
     goal = config.goal
     if isinstance(goal, PoseGoal):
-        return {(True, goal.sample(k, np.zeros(1))[1] is not None, False) for k in range(len(goal.targets))}
+        return {Goal(position=True, rotation=target.rpy is not None) for target in goal.targets}
     if isinstance(goal, FigureEightGoal):
-        return {(True, goal.sample(0, np.zeros(1))[1] is not None, False)}
-    return {(not isinstance(goal, JointGoal), False, isinstance(goal, JointGoal))}
+        return {Goal(position=True, rotation=goal.rpy is not None)}
+    return {Goal(joints=True) if isinstance(goal, JointGoal) else Goal(position=True)}
 
 
 def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None) -> RigidBodyDynamics:

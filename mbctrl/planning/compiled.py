@@ -141,10 +141,6 @@ class KernelSearch(Search):
         self._factors = torch.tensor(factors, **self._like)
         self._last: tuple[tuple[Any, ...], Tensor] = ((), self._factors)
 
-    def prepare(self, position: bool, rotation: bool, joints: bool) -> None:
-        """Compile now for goals that give these targets."""
-        self.kernel(Goal(position, rotation, joints))
-
     def programs(self) -> list[Program]:
         """Return the programs compiled so far."""
         return [kernel.traced.program for kernel in self._kernels.values()]
@@ -195,13 +191,10 @@ class KernelSearch(Search):
             return self._last[1]
         steps = self._knots.steps
         table = torch.empty((steps, traced.program.sizes["table"]), **self._like)
+        given = {f"obstacle.{k}": at for k, at in enumerate(parameters.obstacles)}
+        given |= {"p_target": parameters.p_target, "r_target": parameters.r_target}
         for name, columns in traced.table.items():
-            if name == "terms":
-                table[:, columns] = self._factors
-            elif name.startswith("obstacle."):
-                table[:, columns] = parameters.obstacles[int(name.partition(".")[2])].view(-1, steps).T
-            else:
-                table[:, columns] = getattr(parameters, name).reshape(-1, steps).T
+            table[:, columns] = self._factors if name == "terms" else given[name].reshape(-1, steps).T
         self._last = (of, table)
         return table
 

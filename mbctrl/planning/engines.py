@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbctrl.kernels.llvm import Sampling, words
-from mbctrl.kernels.native import Native, Pool
+from mbctrl.kernels.native import Native, Pool, lanes_of
 from mbctrl.kernels.program import Program
 
 
@@ -39,8 +39,6 @@ class CpuEngine:
     """
 
     def __init__(self, pool: Pool, dtype: torch.dtype = torch.float32) -> None:
-        from mbctrl.kernels.native import lanes_of
-
         self.device, self._pool = torch.device("cpu"), pool
         self._numbers = np.float32 if dtype == torch.float32 else np.float64
         self.least = lanes_of(self._numbers).width
@@ -53,7 +51,7 @@ class CpuEngine:
         """Roll out on all threads of the pool, the caller's included."""
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         counts = {"blocks": code.blocks(samples), "samples": samples, "steps": steps, "fixed": fixed}
-        self._pool.run(code, words(**counts, seed=seed, draw=draw, **addresses))
+        self._pool.run(code, words(**counts, seed=seed, draw=draw, **addresses), tensors)
 
 
 class GpuEngine:
