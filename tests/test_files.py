@@ -28,11 +28,11 @@ def test_scenario_plans_and_steps(name, tmp_path):
     config, file = load_run(name)
     model = load_run_model(config, file)
     check_goal(config, model, file)
-    small = config.model_copy(update={"planner": config.planner.model_copy(update={"samples": 256}), "duration": 0.1})
+    short = config.model_copy(update={"duration": 0.1})
     still = tuple((np.asarray(obstacle.position, float), np.zeros(3)) for obstacle in config.obstacles)
     target = (np.zeros(3), None) if config.goal.kind == "backend" else None
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
-    plan = build_controller(small, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
+    plan = build_controller(short, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
     assert np.isfinite(plan.u).all() and np.isfinite(plan.x).all() and plan.info["nonfinite"] == 0
-    summary = Session(small, file, lockstep=True, model=model).run(tmp_path / "run")
+    summary = Session(short, file, lockstep=True, model=model).run(tmp_path / "run")
     assert summary.ticks >= 2 and not summary.violations

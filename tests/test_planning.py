@@ -638,10 +638,13 @@ def test_a_linear_quadratic_problem_is_solved(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_learning_beats_random_shooting_at_equal_samples(name: str) -> None:
-    best, seeds = riccati(START), range(8)
-    shooting = np.mean([lqr(RandomShooting(), "white", s, samples=64 * 16, iterations=1, sigma=1.0) - best for s in seeds])
-    learnt = np.mean([lqr(RULE[name], "white", s, samples=64, iterations=16, sigma=1.0) - best for s in seeds])
-    assert learnt < 0.7 * shooting, f"{name}: {learnt:.3f} above the optimum, random shooting {shooting:.3f}"
+    best, each = riccati(START), []
+    for seed in range(8):
+        shooting = lqr(RandomShooting(), "white", seed, samples=64 * 16, iterations=1, sigma=1.0) - best
+        learnt = lqr(RULE[name], "white", seed, samples=64, iterations=16, sigma=1.0) - best
+        each.append(learnt / shooting)
+    # Following one sample is luck: predictive sampling is held to better at every seed, and to the same on average.
+    assert max(each) < (1.0 if name == "predictive_sampling" else 0.7) and np.mean(each) < 0.7, f"{name}: {each}"
 
 
 # Hanging pendulum: 1 kg at 0.5 m, a motor of 2 N·m at a command of 1; a quarter of the torque that holds it level.
@@ -704,12 +707,13 @@ def test_a_hanging_pendulum_swings_almost_as_well_as_it_can(name: str, pendulum_
     assert cost - best < short * (nothing - best), f"{name}: cost {cost:.4f}, optimum {best:.4f}, doing nothing {nothing:.4f}"
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_pendulum_swings_up_and_stays_up(name: str) -> None:
+def test_a_pendulum_swings_up_and_stays_up(name: str, seed: int) -> None:
     dt, rule, noise = 0.04, *PENDULUM_RULE[name][:2]
     knots = Knots(10, 40, dt, "linear", dtype=F64)
-    one = planner(swing(dt), rule, knots=knots, samples=256, noise=noise, sigma=0.7, bound=1.0, iterations=2)
-    x, state = HANGING, one.initial(tensor(0.0))
+    one = planner(swing(dt), rule, knots=knots, samples=128, noise=noise, sigma=0.7, bound=1.0, iterations=2)
+    x, state = HANGING, one.initial(tensor(0.0), seed=seed)
     for step in range(150):
         state, result = one.plan(state, x, None, step * dt)
         u = one.knots.commands(result.knots[..., None])[0]
