@@ -10,7 +10,8 @@ from _common import Say, median_time, row
 from mbctrl.base.spec import import_name
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise, Shape
-from mbctrl.planning.planner import Planner, TorchSearch
+from mbctrl.planning.objective import TorchSearch
+from mbctrl.planning.planner import Planner
 from mbctrl.planning.rules import RULES
 
 

@@ -98,7 +98,7 @@ def _call(controller: MpcController) -> Any:
     command = np.zeros(robot.nu) if robot.control.mode == "torque" else np.asarray(robot.home)[robot.command_index]
     parameters = controller.parameters(PlanRequest(0.0, x), command)
     state = controller.planner.initial(parameters.u_before)
-    start, fixed = torch.tensor(x, dtype=torch.float32, device=controller.analytic.device), state.belief.mean[..., None]
+    start, fixed = controller.backend.array(x), state.belief.mean[..., None]
     return lambda: search(state.belief, fixed, 0, 0, start, parameters)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ from mbctrl.kernels import native
 from mbctrl.kernels.llvm import words
 from mbctrl.kernels.native import Pool
 from mbctrl.kernels.trace import Goal
-from mbctrl.planning import compiled
 from mbctrl.planning.compiled import KernelDynamics, KernelSearch
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.engines import CpuEngine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import NOISES, Noise, Shape
-from mbctrl.planning.objective import Parameters
-from mbctrl.planning.planner import TorchSearch
+from mbctrl.planning.objective import Parameters, TorchSearch
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.tasks.features import Features, RobotScales
 from mbctrl.tasks.terms import TERMS, Term
@@ -127,16 +126,32 @@ def searched(
 ) -> tuple[Tensor, Tensor]:
     """Return candidates and costs of one draw, ``given`` of them kept ones, some beyond the bounds."""
     robot, rng = planner.model.robot, np.random.default_rng(seed % 1000)
-    like = {"dtype": torch.float32}
+    array = planner.backend.array
     held = np.zeros(robot.nu) if robot.control.mode == "torque" else np.asarray(robot.home)[robot.command_index]
     count = planner.knots.count
-    mean = torch.as_tensor(held + 0.1 * rng.normal(size=(count, robot.nu)), **like)
-    spread = planner.planner._sigma * torch.as_tensor(rng.uniform(0.5, 1, (count, robot.nu)), **like)
-    fixed = mean[..., None] + torch.as_tensor(rng.normal(size=(count, robot.nu, given)), **like) * 3 * spread[..., None]
+    mean = held + 0.1 * rng.normal(size=(count, robot.nu))
+    spread = np.asarray(planner.planner._sigma) * rng.uniform(0.5, 1, (count, robot.nu))
+    fixed = mean[..., None] + rng.normal(size=(count, robot.nu, given)) * 3 * spread[..., None]
     parameters = planner.parameters(request, held + 0.05)
-    state = torch.as_tensor(request.x if x is None else x, **like)
+    belief, fixed, state = (
+        Distribution(*map(array, (mean, spread, mean, fixed))),
+        array(fixed),
+        array(request.x if x is None else x),
+    )
     with torch.inference_mode():
-        return planner.planner.search(Distribution(mean, spread, mean, fixed), fixed, seed, draw, state, parameters)
+        found = planner.planner.search(belief, fixed, seed, draw, state, parameters)
+    return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+
+
+def numpys(value: Any) -> Any:
+    """Return a value with its tensors made numpy arrays."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, tuple):
+        return tuple(map(numpys, value))
+    if isinstance(value, (Distribution, Parameters)):
+        return type(value)(**{field.name: numpys(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 def cost_error(found: Tensor, expected: Tensor) -> float:
@@ -312,8 +327,8 @@ def test_a_tree_with_sliding_joints_costs_what_torch_says(pool: Pool) -> None:
         knots,
         noise,
         samples=40,
-        lower=-bound,
-        upper=bound,
+        lower=-bound.numpy(),
+        upper=bound.numpy(),
         engine=CpuEngine(pool),
         discount=0.95,
         obstacles=obstacles,
@@ -330,7 +345,8 @@ def test_a_tree_with_sliding_joints_costs_what_torch_says(pool: Pool) -> None:
     mean = torch.zeros(3, 2)
     belief = Distribution(mean, mean + 1.5, mean, mean[..., None][..., :0])
     with torch.inference_mode():
-        (a, costs), (b, expected) = (search(belief, belief.kept, 7, 1, x, parameters) for search in (ours, theirs))
+        b, expected = theirs(belief, belief.kept, 7, 1, x, parameters)
+    a, costs = map(torch.as_tensor, ours(*(numpys(part) for part in (belief, belief.kept, 7, 1, x, parameters))))
     error = cost_error(costs, expected)
     print("compare crowded", 7, (a - b).abs().max().item(), error)
     assert (a - b).abs().max() <= 1e-5 and error <= 1e-4
@@ -343,11 +359,19 @@ def test_a_search_in_double_precision_is_torchs_or_refused(noise: str, pool: Poo
     task, tool = theirs.planner.search.objective.task, theirs.features.tool
     analytic = theirs.analytic
     dynamics = RigidBodyDynamics(analytic.tree, analytic.dt, effort_limit=analytic.effort_limit, dtype=torch.float64)
-    knots, drawn = Knots(4, 10, 0.04, dtype=torch.float64), Noise(noise, Shape(4, 2, 20), dtype=torch.float64)
+    knots, drawn = Knots(4, 10, 0.04), Noise(noise, Shape(4, 2, 20), dtype=torch.float64)
     bound = torch.tensor([7.0, 2.0], dtype=torch.float64)
     try:
         ours = KernelSearch(
-            dynamics, tool, task, knots, drawn, samples=20, lower=-bound, upper=bound, engine=CpuEngine(pool, dynamics.dtype)
+            dynamics,
+            tool,
+            task,
+            knots,
+            drawn,
+            samples=20,
+            lower=-bound.numpy(),
+            upper=bound.numpy(),
+            engine=CpuEngine(pool, np.float64),
         )
         ours.kernel(Goal(joints=True))
     except (ValueError, TypeError, ModelError):
@@ -355,7 +379,8 @@ def test_a_search_in_double_precision_is_torchs_or_refused(noise: str, pool: Poo
     mean = torch.zeros(4, 2, dtype=torch.float64)
     belief = Distribution(mean, mean + 1, mean, mean[..., None][..., :0])
     parameters = Parameters(u_before=mean[0], q_target=mean[0] + 1)
-    candidates, costs = ours(belief, belief.kept, 5, 0, torch.zeros(4, dtype=torch.float64), parameters)
+    given = (belief, belief.kept, 5, 0, torch.zeros(4, dtype=torch.float64), parameters)
+    candidates, costs = map(torch.as_tensor, ours(*map(numpys, given)))
     assert (candidates - drawn.draw(5, 0).clamp(-bound[None, :, None], bound[None, :, None])).abs().max() <= 1e-5
     assert torch.isfinite(costs).all()
 
@@ -405,23 +430,21 @@ def test_a_fan_and_a_prediction_are_torchs() -> None:
 # --- sizes, lanes and threads -----------------------------------------------------------------------------------------
 
 
-class GuardedTorch:
-    """torch whose ``empty`` tensors lie inside larger ones filled with a pattern."""
+class Guard:
+    """An engine's ``empty`` whose arrays lie inside larger ones filled with a pattern."""
 
     def __init__(self) -> None:
         self.edges: list[np.ndarray] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def empty(self, shape: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
-        """Return a tensor between two margins."""
-        margin = 256
+    def empty(self, engine: CpuEngine, *shape: int) -> np.ndarray:
+        """Return an array between two margins, full of NaN."""
+        margin, dtype = 256, np.dtype(engine.dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         whole = np.full(size + 2 * margin, 0x5A, np.uint8)
         self.edges += [whole[:margin], whole[size + margin :]]
-        inner = torch.from_numpy(whole)[margin : size + margin].view(dtype).reshape(shape)
-        return inner.fill_(torch.nan)
+        inner = whole[margin : size + margin].view(dtype).reshape(shape)
+        inner[:] = np.nan
+        return inner
 
     def check(self) -> None:
         """Assert that nothing was written into the margins."""
@@ -429,15 +452,15 @@ class GuardedTorch:
 
 
 @pytest.fixture
-def guard(monkeypatch: pytest.MonkeyPatch) -> GuardedTorch:
-    guarded = GuardedTorch()
-    monkeypatch.setattr(compiled, "torch", guarded)
-    return guarded
+def guard(monkeypatch: pytest.MonkeyPatch) -> Guard:
+    found = Guard()
+    monkeypatch.setattr(CpuEngine, "empty", lambda engine, *shape: found.empty(engine, *shape))
+    return found
 
 
 @pytest.mark.parametrize("samples", EDGES)
 @pytest.mark.parametrize("noise", ["coloured", "sobol"])
-def test_any_number_of_samples_is_as_in_torch_and_stays_in_its_arrays(samples: int, noise: str, guard: GuardedTorch) -> None:
+def test_any_number_of_samples_is_as_in_torch_and_stays_in_its_arrays(samples: int, noise: str, guard: Guard) -> None:
     assert_alike(run_of(ARM2, planner={"samples": samples, "noise": noise}), f"N={samples}", (5,)) if samples >= 3 else None
     run = run_of(ARM2, planner={"samples": samples, "noise": noise})
     request = request_of(run)
@@ -451,7 +474,7 @@ def test_any_number_of_samples_is_as_in_torch_and_stays_in_its_arrays(samples: i
 
 
 @pytest.mark.parametrize("samples", EDGES)
-def test_a_horizon_of_one_step(samples: int, guard: GuardedTorch) -> None:
+def test_a_horizon_of_one_step(samples: int, guard: Guard) -> None:
     run = run_of(ARM2, planner={"samples": samples, "horizon": 0.04, "knots": 1, "interpolation": "zero"})
     request = request_of(run)
     (a, x), (b, y) = (searched(controller(run, backend), request, given=1) for backend in ("kernel", "torch"))
@@ -464,12 +487,12 @@ def test_a_horizon_of_one_step(samples: int, guard: GuardedTorch) -> None:
 @pytest.mark.parametrize("samples", EDGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("horizon", [0, 1, 5])
-def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horizon: int, pool: Pool, guard: GuardedTorch) -> None:
+def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horizon: int, pool: Pool, guard: Guard) -> None:
     _, tree = model_of("arm2", friction=True)
     torchs = RigidBodyDynamics(
         tree, 0.01, Impedance((50.0, 20.0), (5.0, 2.0)), effort_limit=(7.0, 2.0), gravity_compensation=True, dtype=dtype
     )
-    ours = KernelDynamics(torchs, CpuEngine(pool, torchs.dtype))
+    ours = KernelDynamics(torchs, CpuEngine(pool, np.float32 if dtype == torch.float32 else np.float64))
     q, v, _ = random_states(tree, samples)
     x = torch.as_tensor(np.concatenate([q, v], 1).T, dtype=dtype)  # not contiguous
     u = torch.as_tensor(np.broadcast_to((q + 0.3).T, (horizon, 2, samples)).copy(), dtype=dtype)
@@ -550,9 +573,9 @@ def test_a_candidate_that_is_not_a_number_spoils_itself_only(
     search = planner.planner.search
     call = type(search).__call__
 
-    def spoilt(self: Any, belief: Any, fixed: Tensor, *rest: Any) -> Any:
-        fixed = fixed.clone()
-        fixed[1, 0, lane] = torch.nan
+    def spoilt(self: Any, belief: Any, fixed: np.ndarray, *rest: Any) -> Any:
+        fixed = fixed.copy()
+        fixed[1, 0, lane] = np.nan
         return call(self, belief, fixed, *rest)
 
     monkeypatch.setattr(type(search), "__call__", spoilt)
@@ -651,7 +674,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_auto_is_the_kernel_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     planner = controller(run_of(ARM2), "auto")
     assert planner.backend.name == "kernel" and isinstance(planner.planner.search, KernelSearch) and not warnings_of(caplog)
-    assert isinstance(planner.dynamics, KernelDynamics)
+    assert isinstance(planner.backend.dynamics, KernelDynamics)
 
 
 def test_a_users_own_arithmetic_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
@@ -714,6 +737,6 @@ def test_torch_may_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     planner = controller(run_of(ARM2), "torch")
     assert (
         isinstance(planner.planner.search, TorchSearch)
-        and isinstance(planner.dynamics, RigidBodyDynamics)
+        and isinstance(planner.backend.dynamics, RigidBodyDynamics)
         and not warnings_of(caplog)
     )

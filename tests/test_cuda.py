@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from mbctrl.kernels.native import Native, Pool
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
+from mbctrl.planning import backends
 from mbctrl.planning.controller import MpcController, scales_of
 from mbctrl.planning.engines import GpuEngine
 from mbctrl.planning.knots import Knots
@@ -172,7 +172,7 @@ def task_job(draws: bool = True, coloured: bool = True) -> Job:
         "start": np.concatenate([home + 0.05, np.full(n, 0.1)]),
         "table": table,
         "uniform": home,
-        "basis": Knots(K, H, 0.03, dtype=torch.float64).basis.numpy(),
+        "basis": Knots(K, H, 0.03).basis,
         "knots": home[:, None] + rng.normal(0, 0.3, (K, n, N)),
         "mean": home + rng.normal(0, 0.05, (K, n)),
         "spread": rng.uniform(0.05, 0.2, (K, n)),
@@ -431,13 +431,23 @@ def test_the_gpu_engine_plans_what_the_processor_plans(host: Any, monkeypatch: p
     config, file = load_run("panda_reach_sim")
     small = merged(config.model_dump(), {"planner": {"samples": 40}, "dynamics": {"backend": "kernel"}})
     here = MpcController(RunConfig.model_validate(small), load_model("panda"), file)
-    state = here.planner.initial(torch.tensor(here.model.robot.home, dtype=torch.float32), seed=2**63 + 5)
-    x = torch.tensor([*here.model.robot.home, *[0.1] * 7], dtype=torch.float32)
-    parameters = here.parameters(PlanRequest(0.0, x.double().numpy()), np.asarray(here.model.robot.home))
-    fixed = state.belief.mean[..., None]
-    candidates, costs = here.planner.search(state.belief, fixed, state.seed, 3, x, parameters)
-    there = copy.copy(here.planner.search)
-    there._engine, there._kernels = GpuEngine(torch.device("cpu")), {}
-    found = there(state.belief, fixed, state.seed, 3, x, parameters)
-    torch.testing.assert_close(found[0], candidates, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found[1], costs, rtol=1e-4, atol=0)
+    monkeypatch.setattr(backends, "_engine_of", lambda device, pool: GpuEngine(torch.device("cpu")))
+    there = MpcController(RunConfig.model_validate(small), load_model("panda"), file)
+    x = np.array([*here.model.robot.home, *[0.1] * 7])
+    request, before, found = PlanRequest(0.0, x), np.asarray(here.model.robot.home), []
+    for one in (here, there):
+        state, start, parameters = (
+            one.planner.initial(one._array(before), seed=2**63 + 5),
+            one._array(x),
+            one.parameters(request, before),
+        )
+        fixed = state.belief.mean[..., None]
+        found.append([*one.planner.search(state.belief, fixed, state.seed, 3, start, parameters)])
+    assert isinstance(found[0][0], np.ndarray) and isinstance(found[1][0], torch.Tensor)
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4, atol=0)
+    for stamp in (0.0, 0.02, 0.04):
+        plans = [one.plan(PlanRequest(stamp, x, latency=0.01, fan=3)) for one in (here, there)]
+        np.testing.assert_allclose(plans[1].u, plans[0].u, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(plans[1].x, plans[0].x, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(plans[1].fan, plans[0].fan, rtol=0, atol=1e-4)

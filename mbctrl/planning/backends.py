@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +20,15 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.kernels.trace import Goal
+from mbctrl.planning.arrays import Array, host, tensor
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
-from mbctrl.planning.objective import FeatureMap, RolloutObjective
-from mbctrl.planning.planner import Search, TorchSearch
+from mbctrl.planning.objective import FeatureMap, RolloutObjective, TorchSearch
+from mbctrl.planning.planner import Search
 from mbctrl.tasks.task import Task
+
+if TYPE_CHECKING:
+    from mbctrl.planning.engines import CpuEngine, Engine
 
 _log = logging.getLogger(__name__)
 # What a term may raise that does more than arithmetic.
@@ -43,11 +49,23 @@ class Parts:
 
 @dataclass(frozen=True)
 class Backend:
-    """``name`` of what plans, the search, and the arm's own dynamics for everything besides (``step``, ``rollout``)."""
+    """What a planner is built of.
+
+    ``name`` of what plans; its ``search``; ``array``, which brings numpy's numbers into the search's kind; and the arm's own
+    dynamics for everything besides (``with_dt``, ``rollout``).
+    """
 
     name: str
     search: Search
+    array: Callable[[Any], Array]
     dynamics: Any
+
+    def rollout(self, x: np.ndarray, commands: np.ndarray, dt: float) -> np.ndarray:
+        """Return states (H+1, nx, N) from ``x`` (nx,) under ``commands`` (H, nu, N), ``dt`` seconds apart."""
+        start = np.repeat(x[:, None], commands.shape[2], 1)
+        if isinstance(self.dynamics, RigidBodyDynamics):
+            return host(self.dynamics.with_dt(dt).rollout(self.array(start), self.array(commands)))
+        return self.dynamics.with_dt(dt).rollout(start, commands)
 
 
 def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, parts: Parts, file: str | Path | None) -> Backend:
@@ -57,29 +75,28 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
         SpecError: naming why the kernel that was asked for cannot be.
     """
     wanted = config.dynamics.backend
-    low, high = (torch.as_tensor(bound, dtype=analytic.dtype, device=analytic.device) for bound in (parts.lower, parts.upper))
     if wanted in ("auto", "kernel"):
         try:
-            return _kernel(config, analytic, parts, low, high)
+            return _kernel(config, analytic, parts)
         except (ImportError, MbctrlError, *_UNTRACEABLE) as error:
             reason = f"no compiled rollouts: {error}"
             if wanted == "kernel":
                 raise SpecError(reason, file=file, key="dynamics.backend") from None
             _log.warning("%s; planning with torch, many times slower", reason)
+    array = partial(tensor, dtype=analytic.dtype, device=analytic.device)
     rolled: Any = analytic if wanted != "mujoco" else simulator_of(config, model)
     objective = RolloutObjective(rolled, parts.features, parts.task, config.planner.discount)
-    search = TorchSearch(objective, parts.knots, parts.noise, low, high)
-    return Backend("mujoco" if wanted == "mujoco" else "torch", search, analytic)
+    search = TorchSearch(objective, parts.knots, parts.noise, array(parts.lower), array(parts.upper))
+    return Backend("mujoco" if wanted == "mujoco" else "torch", search, array, analytic)
 
 
-def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: torch.Tensor, high: torch.Tensor) -> Backend:
+def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Backend:
     from mbctrl.kernels.native import shared_pool  # llvmlite is only needed here
     from mbctrl.planning.compiled import KernelDynamics, KernelSearch
-    from mbctrl.planning.engines import CpuEngine, GpuEngine
+    from mbctrl.planning.engines import CpuEngine
 
-    if analytic.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"expected dynamics.device cpu or cuda, found {analytic.device}")
-    here = CpuEngine(shared_pool(config.dynamics.threads), analytic.dtype)
+    here = CpuEngine(shared_pool(config.dynamics.threads))
+    engine = _engine_of(analytic.device, here)
     search = KernelSearch(
         analytic,
         parts.features.tool,
@@ -87,15 +104,25 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts, low: t
         parts.knots,
         parts.noise,
         samples=config.planner.samples,
-        lower=low,
-        upper=high,
-        engine=here if analytic.device.type == "cpu" else GpuEngine(analytic.device, analytic.dtype),
+        lower=parts.lower,
+        upper=parts.upper,
+        engine=engine,
         discount=config.planner.discount,
         obstacles=config.obstacles,
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
-    return Backend("kernel", search, KernelDynamics(analytic, here))  # one rollout alone is the processor's work
+    # One rollout alone is the processor's work.
+    return Backend("kernel", search, engine.array, KernelDynamics(analytic, here))
+
+
+def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
+    """Return the engine that plans on ``device``; ``here`` is this processor's."""
+    from mbctrl.planning.engines import GpuEngine
+
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected dynamics.device cpu or cuda, found {device}")
+    return here if device.type == "cpu" else GpuEngine(device)
 
 
 def _goals(config: RunConfig) -> set[Goal]:

@@ -1,4 +1,4 @@
-"""Compiled rollouts as the planner's model and objective: torch tensors in and out, the work in one call to a kernel."""
+"""Compiled rollouts as the planner's model and objective: the work in one call to a kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
@@ -18,7 +16,8 @@ from mbctrl.kernels.llvm import Sampling
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
-from mbctrl.planning.engines import Engine
+from mbctrl.planning.arrays import Array, host, like, namespace
+from mbctrl.planning.engines import CpuEngine, Engine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
 from mbctrl.planning.objective import Parameters
@@ -44,14 +43,15 @@ def drive_of(dynamics: RigidBodyDynamics) -> Drive:
 class KernelDynamics:
     """Rollouts of an arm by a compiled kernel behind the contract of ``RigidBodyDynamics`` (without gradients).
 
+    Takes and returns numpy arrays or torch tensors in the processor's memory.
+
     Args:
         dynamics: the same arm in torch; its precision is the kernel's.
-        engine: where it runs.
+        engine: this processor.
     """
 
-    def __init__(self, dynamics: RigidBodyDynamics, engine: Engine) -> None:
+    def __init__(self, dynamics: RigidBodyDynamics, engine: CpuEngine) -> None:
         self.dt, self.nq, self.nx, self.nu = dynamics.dt, dynamics.nq, dynamics.nx, dynamics.nu
-        self.dtype, self.device = dynamics.dtype, engine.device
         self.traced = trace_dynamics(dynamics.tree, drive_of(dynamics))
         self._engine, self._code = engine, engine.compile(self.traced.program, None)
 
@@ -61,33 +61,33 @@ class KernelDynamics:
         other.__dict__ = {**self.__dict__, "dt": dt}
         return other
 
-    def step(self, x: Tensor, u: Tensor) -> Tensor:
+    def step(self, x: Array, u: Array) -> Array:
         """Return the state (nx, N) one step after ``x`` under commands ``u`` (nu, N)."""
         return self.rollout(x, u[None])[1]
 
-    def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
+    def rollout(self, x0: Array, u: Array) -> Array:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""
         horizon, samples = u.shape[0], u.shape[2]
         width = max(samples, self._engine.least)
-        start, commands = _wide(x0.to(self.dtype), width), _wide(u.to(self.dtype), width)
-        states = torch.empty((horizon + 1, self.nx, width), dtype=self.dtype, device=self.device)
-        uniform = torch.full((1,), self.dt, dtype=self.dtype, device=self.device)
+        start, commands = self._wide(x0, width), self._wide(u, width)
+        states = self._engine.empty(horizon + 1, self.nx, width)
         if horizon == 0:
             states[0] = start
         else:
-            given = {"start": start, "commands": commands, "uniform": uniform, "states": states}
+            given = {"start": start, "commands": commands, "uniform": self._engine.array([self.dt]), "states": states}
             self._engine.run(self._code, given, samples=width, steps=horizon, fixed=0, seed=0, draw=0)
-        return states[:, :, :samples]
+        found = states[:, :, :samples]
+        return found if isinstance(x0, np.ndarray) else like(found, x0)
 
-
-def _wide(rows: Tensor, samples: int) -> Tensor:
-    """Return rows (..., N) as a contiguous tensor of at least ``samples`` samples, the last one repeated."""
-    missing = samples - rows.shape[-1]
-    if missing > 0 and rows.shape[-1] == 1:
-        rows = rows.expand(*rows.shape[:-1], samples)
-    elif missing > 0:
-        rows = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], missing)], -1)
-    return rows.contiguous()
+    def _wide(self, rows: Array, samples: int) -> np.ndarray:
+        """Return rows (..., N) as a contiguous array of at least ``samples`` samples, the last one repeated."""
+        rows = host(rows)
+        if rows.shape[-1] == samples:
+            return self._engine.array(rows)
+        wide = self._engine.empty(*rows.shape[:-1], samples)
+        wide[..., : rows.shape[-1]] = rows
+        wide[..., rows.shape[-1] :] = rows[..., -1:]
+        return wide
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class KernelSearch(Search):
         task, discount, obstacles: the objective.
         knots, noise: the action parametrisation and its noise.
         samples: N.
-        lower, upper: (nu,) command bounds.
-        engine: where it runs; every tensor is on its device.
+        lower, upper: (nu,) command bounds, numpy's.
+        engine: where it runs; every array is of its kind.
 
     Errors:
         TypeError: where a term cannot be traced.
@@ -121,8 +121,8 @@ class KernelSearch(Search):
         noise: Noise,
         *,
         samples: int,
-        lower: Tensor,
-        upper: Tensor,
+        lower: np.ndarray,
+        upper: np.ndarray,
         engine: Engine,
         discount: float = 1.0,
         obstacles: Sequence[Obstacle] = (),
@@ -131,15 +131,14 @@ class KernelSearch(Search):
         self._knots, self._noise, self._samples, self._engine = knots, noise, samples, engine
         self._drive, self._kernels = drive_of(dynamics), {}
         self._colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
-        self._like: dict[str, Any] = {"dtype": dynamics.dtype, "device": engine.device}
-        self._basis, self._lower, self._upper = knots.basis.contiguous(), lower.contiguous(), upper.contiguous()
-        self._low, self._high = lower[None, :, None], upper[None, :, None]
+        self._basis, self._lower, self._upper = (engine.array(values) for values in (knots.basis, lower, upper))
+        self._low, self._high = self._lower[None, :, None], self._upper[None, :, None]
         when = dynamics.dt * discount ** np.arange(knots.steps)
         terms = [term for term in task.terms.values() if term.weight > 0]
         factors = np.stack([term.weight * when for term in terms], 1)
         factors[-1] += [term.weight * term.terminal * discount**knots.steps for term in terms]
-        self._factors = torch.tensor(factors, **self._like)
-        self._last: tuple[tuple[Any, ...], Tensor] = ((), self._factors)
+        self._factors = engine.array(factors)
+        self._last: tuple[tuple[Any, ...], Array] = ((), self._factors)
 
     def programs(self) -> list[Program]:
         """Return the programs compiled so far."""
@@ -155,42 +154,42 @@ class KernelSearch(Search):
         return self._kernels[goal]
 
     def __call__(
-        self, belief: Distribution, fixed: Tensor, seed: int, draw: int, x: Tensor, parameters: Parameters
-    ) -> tuple[Tensor, Tensor]:
+        self, belief: Distribution, fixed: Array, seed: int, draw: int, x: Array, parameters: Parameters
+    ) -> tuple[Array, Array]:
         """Return candidates (K, nu, N) around ``belief``, the first ones ``fixed`` (K, nu, F), and their costs (N,)."""
-        kernel = self.kernel(
-            Goal(parameters.p_target is not None, parameters.r_target is not None, parameters.q_target is not None)
-        )
-        count, given = max(self._samples, self._engine.least), fixed.shape[-1]
-        candidates = torch.empty((self._knots.count, len(self._lower), count), **self._like)
+        goal = Goal(parameters.p_target is not None, parameters.r_target is not None, parameters.q_target is not None)
+        kernel, array, samples = self.kernel(goal), self._engine.array, self._samples
+        count, given = max(samples, self._engine.least), fixed.shape[-1]
+        candidates = self._engine.empty(self._knots.count, len(self._lower), count)
         if not self._noise.counted:
-            drawn = belief.mean[..., None] + belief.spread[..., None] * self._noise.draw(seed, draw)
-            candidates[:] = _wide(drawn.clamp(self._low, self._high), count)
+            drawn = belief.mean[..., None] + belief.spread[..., None] * array(self._noise.draw(seed, draw))
+            candidates[:, :, :samples] = drawn.clip(self._low, self._high)
+            candidates[:, :, samples:] = candidates[:, :, samples - 1 : samples]
         if given:
-            candidates[:, :, :given] = fixed.clamp(self._low, self._high)
-        costs = torch.empty(count, **self._like)
-        tensors = {
-            "start": x.contiguous(),
+            candidates[:, :, :given] = fixed.clip(self._low, self._high)
+        costs = self._engine.empty(count)
+        arrays = {
+            "start": array(x),
             "table": self._table(kernel.traced, parameters),
             "uniform": self._uniform(kernel.traced, parameters),
             "cost": costs,
             "basis": self._basis,
             "knots": candidates,
-            "mean": belief.mean.contiguous(),
-            "spread": belief.spread.contiguous(),
+            "mean": array(belief.mean),
+            "spread": array(belief.spread),
             "lower": self._lower,
             "upper": self._upper,
         }
-        self._engine.run(kernel.code, tensors, samples=count, steps=self._knots.steps, fixed=given, seed=seed, draw=draw)
-        return candidates[..., : self._samples], costs[: self._samples]
+        self._engine.run(kernel.code, arrays, samples=count, steps=self._knots.steps, fixed=given, seed=seed, draw=draw)
+        return candidates[..., :samples], costs[:samples]
 
-    def _table(self, traced: Traced, parameters: Parameters) -> Tensor:
-        """Return the table (H, columns); the last one again where it was made of the same tensors."""
+    def _table(self, traced: Traced, parameters: Parameters) -> Array:
+        """Return the table (H, columns); the last one again where it was made of the same arrays."""
         of = (traced, parameters.p_target, parameters.r_target, *parameters.obstacles)
         if len(of) == len(self._last[0]) and all(a is b for a, b in zip(of, self._last[0])):
             return self._last[1]
         steps = self._knots.steps
-        table = torch.empty((steps, traced.program.sizes["table"]), **self._like)
+        table = self._engine.empty(steps, traced.program.sizes["table"])
         given = {f"obstacle.{k}": at for k, at in enumerate(parameters.obstacles)}
         given |= {"p_target": parameters.p_target, "r_target": parameters.r_target}
         for name, columns in traced.table.items():
@@ -198,5 +197,6 @@ class KernelSearch(Search):
         self._last = (of, table)
         return table
 
-    def _uniform(self, traced: Traced, parameters: Parameters) -> Tensor:
-        return torch.cat([getattr(parameters, name) for name in traced.uniform]).to(**self._like)
+    def _uniform(self, traced: Traced, parameters: Parameters) -> Array:
+        parts = [getattr(parameters, name) for name in traced.uniform]
+        return self._engine.array(parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from mbctrl.base.config import PlannerSpec, RunConfig
 from mbctrl.base.errors import SpecError, suggest
@@ -18,6 +17,7 @@ from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal, Target
 from mbctrl.base.spec import import_name
 from mbctrl.dynamics.load import Model
+from mbctrl.planning.arrays import Array, host
 from mbctrl.planning.backends import Parts, analytic_of, build_backend
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise, Shape
@@ -49,7 +49,7 @@ class MpcController:
         self._at = 1.0 if robot.control.mode == "impedance" and config.dynamics.backend != "mujoco" else 0.5
         like: dict[str, Any] = {"dtype": self.analytic.dtype, "device": self.analytic.device}
         try:
-            self.knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, self._at, **like)
+            self.knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, self._at)
         except ValueError as error:
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
@@ -57,19 +57,21 @@ class MpcController:
         self._check_needs(task.terms, file)
         low, high = command_bounds(robot)
         noise = Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like)
-        sigma = torch.as_tensor(_sigma(spec, robot.nu, file), **like)
         rule = build_rule(config, file)
         self.backend = build_backend(config, model, self.analytic, Parts(self.features, task, self.knots, noise, low, high), file)
-        self.dynamics = self.backend.dynamics
+        self._array = self.backend.array
         self.planner = Planner(
-            self.backend.search, rule, self.knots, samples=spec.samples, sigma=sigma, iterations=spec.iterations, growth=spec.growth
+            self.backend.search,
+            rule,
+            self.knots,
+            samples=spec.samples,
+            sigma=self._array(_sigma(spec, robot.nu, file)),
+            iterations=spec.iterations,
+            growth=spec.growth,
         )
-        self._like, self._steps = like, steps
-        self._bounds = (low, high)
+        self._steps, self._bounds = steps, (low, high)
         self._targets = [self._still(target) for target in config.goal.targets] if isinstance(config.goal, PoseGoal) else []
-        self._edges = tuple(self._tensor(bound)[None, :, None] for bound in self._bounds)
-        self._times = np.arange(steps + 1) * config.dynamics.dt
-        self._spread = self.knots.weights(self._times)
+        self._spread = self.knots.weights(np.arange(steps + 1) * config.dynamics.dt)
         self.reset()
 
     def reset(self) -> None:
@@ -93,13 +95,14 @@ class MpcController:
             x, u_before = self._predict(request)
             t0 = request.stamp + request.latency
             if self._state is None:
-                self._state = self.planner.initial(self._tensor(u_before), t0, self.config.seed)
-            self._state, result = self.planner.plan(self._state, self._tensor(x), self.parameters(request, u_before), t0)
+                self._state = self.planner.initial(self._array(u_before), t0, self.config.seed)
+            self._state, result = self.planner.plan(self._state, self._array(x), self.parameters(request, u_before), t0)
             return self._packed(request, x, t0, result, cpu)
 
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
-        commands = (self._spread @ result.knots.cpu().double().numpy()).clip(*self._bounds)
-        states = self._rollout(x, result.knots[..., None])[:, :, 0].cpu().double().numpy()
+        knots = host(result.knots).astype(float)
+        commands = (self._spread @ knots).clip(*self._bounds)
+        states = self._rollout(x, knots[..., None])[:, :, 0].astype(float)
         self._seq += 1
         figures = result.figures._asdict()
         plan = Plan(
@@ -115,17 +118,18 @@ class MpcController:
         self._plans = {seq: old for seq, old in self._plans.items() if seq > self._seq - 4} | {self._seq: plan}
         return plan
 
-    def _rollout(self, x: np.ndarray, knots: Tensor) -> Tensor:
+    def _rollout(self, x: np.ndarray, knots: np.ndarray) -> np.ndarray:
         """Return the states (H+1, nx, N) that ``knots`` (K, nu, N) lead to from ``x``."""
-        commands = self.knots.commands(knots).clamp(*self._edges).to(self.dynamics.device)
-        return self.dynamics.rollout(self._tensor(x).to(self.dynamics.device)[:, None].expand(-1, knots.shape[-1]), commands)
+        low, high = self._bounds
+        commands = self.knots.commands(knots).clip(low[:, None], high[:, None])
+        return self.backend.rollout(x, commands, self.config.dynamics.dt)
 
     def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray:
         """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates."""
-        best = result.weights.topk(min(count, len(result.weights))).indices
-        states = self._rollout(x, result.candidates[:, :, best]).to(self.analytic.device)
+        best = np.argsort(-host(result.weights), kind="stable")[:count]
+        states = torch.as_tensor(self._rollout(x, host(result.candidates[:, :, best])), dtype=self.analytic.dtype)
         nq, horizon = self.analytic.nq, len(states)
-        poses = self.analytic.poses(states[:, :nq].movedim(0, 1).reshape(nq, -1))
+        poses = self.analytic.poses(states[:, :nq].movedim(0, 1).reshape(nq, -1).to(self.analytic.device))
         position = self.analytic.frame(poses, self.features.tool)[1]
         return position.reshape(3, horizon, len(best)).permute(2, 1, 0).cpu().double().numpy()
 
@@ -142,22 +146,24 @@ class MpcController:
         if isinstance(goal, PoseGoal) and request.target is None:  # stands still: the same tensors again
             p, r = self._targets[min(request.goal, len(goal.targets) - 1)]
         elif target is not None:
-            p = self._tensor(target[0]).T[:, :, None]
-            r = None if target[1] is None else self._tensor(target[1]).permute(1, 2, 0)[..., None]
+            p = self._array(target[0].T)[:, :, None]
+            r = None if target[1] is None else self._array(target[1].transpose(1, 2, 0))[..., None]
         return Parameters(
-            u_before=self._tensor(u_before),
+            u_before=self._array(u_before),
             p_target=p,
             r_target=r,
-            q_target=self._tensor(np.asarray(goal.position)) if isinstance(goal, JointGoal) else None,
-            obstacles=tuple(self._tensor((at[:, None] + rate[:, None] * ahead)[..., None]) for at, rate in request.obstacles),
+            q_target=self._array(np.asarray(goal.position)) if isinstance(goal, JointGoal) else None,
+            obstacles=tuple(self._array((at[:, None] + rate[:, None] * ahead)[..., None]) for at, rate in request.obstacles),
         )
 
-    def _still(self, target: Target) -> tuple[Tensor, Tensor | None]:
+    def _still(self, target: Target) -> tuple[Array, Array | None]:
         """Return a target that stands still as position (3, H, 1) and rotation (3, 3, H, 1) or None."""
-        rotation = None if target.rotation is None else self._tensor(target.rotation)[..., None, None]
-        position = self._tensor(np.asarray(target.position))[:, None, None]
         size = (self._steps, 1)
-        return position.expand(3, *size), None if rotation is None else rotation.expand(3, 3, *size)
+        position = np.broadcast_to(np.asarray(target.position)[:, None, None], (3, *size))
+        if target.rotation is None:
+            return self._array(position.copy()), None
+        rotation = np.broadcast_to(np.asarray(target.rotation)[..., None, None], (3, 3, *size))
+        return self._array(position.copy()), self._array(rotation.copy())
 
     def _predict(self, request: PlanRequest) -> tuple[np.ndarray, np.ndarray]:
         """Return state and command in force ``latency`` seconds after the stamp: the plans in force, rolled forward."""
@@ -173,13 +179,8 @@ class MpcController:
             count = int(np.ceil(request.latency / _PREDICTION_STEP))
             h = request.latency / count
             commands = np.stack([follower.command(t + (k + self._at) * h) for k in range(count)])
-            start, commands = (self._tensor(rows).to(self.dynamics.device)[..., None] for rows in (x, commands))
-            states = self.dynamics.with_dt(h).rollout(start, commands)
-            x = states[-1, :, 0].cpu().double().numpy()
+            x = self.backend.rollout(x, commands[..., None], h)[-1, :, 0].astype(float)
         return x, follower.command(t + request.latency)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array, np.float32)).to(self._like["device"])
 
     def _check_needs(self, terms: Any, file: str | Path | None) -> None:
         has_target = isinstance(self.config.goal, (PoseGoal, FigureEightGoal)) or self.config.goal.kind == "backend"

@@ -1,32 +1,35 @@
-"""Where kernels run: this processor's threads, or a GPU. Both take torch tensors' memory as it is."""
+"""Where kernels run: this processor's threads, on numpy's memory, or a GPU, on torch's."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mbctrl.kernels.llvm import Sampling, words
 from mbctrl.kernels.native import Native, Pool, lanes_of
 from mbctrl.kernels.program import Program
+from mbctrl.planning.arrays import Array, tensor
 
 
 class Engine(Protocol):
-    """Compiles programs and runs them over contiguous tensors of its device.
+    """Compiles programs and runs them over contiguous arrays of its memory and precision.
 
-    ``device`` is the tensors'; ``least`` the fewest samples a run takes; a run's tensors carry the names and shapes of
-    ``mbctrl.kernels.llvm.SLOTS``.
+    ``least`` is the fewest samples a run takes; a run's arrays carry the names and shapes of ``mbctrl.kernels.llvm.SLOTS``.
     """
 
-    device: torch.device
     least: int
+
+    def array(self, values: Any) -> Array:
+        """Return ``values``, numpy's or a tensor, as a contiguous array of this engine's, copied only where it must be."""
+
+    def empty(self, *shape: int) -> Array:
+        """Return memory for an array."""
 
     def compile(self, program: Program, sampling: Sampling | None) -> Any:
         """Return the program's machine code."""
 
-    def run(self, code: Any, tensors: dict[str, Tensor], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
+    def run(self, code: Any, arrays: dict[str, Array], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
         """Roll out; on a GPU the work is queued on torch's current stream."""
 
 
@@ -35,49 +38,67 @@ class CpuEngine:
 
     Args:
         pool: threads.
-        dtype: float32, or float64 for tests.
+        dtype: numpy's float32, or float64 for tests.
     """
 
-    def __init__(self, pool: Pool, dtype: torch.dtype = torch.float32) -> None:
-        self.device, self._pool = torch.device("cpu"), pool
-        self._numbers = np.float32 if dtype == torch.float32 else np.float64
-        self.least = lanes_of(self._numbers).width
+    def __init__(self, pool: Pool, dtype: type = np.float32) -> None:
+        self._pool, self.dtype = pool, np.dtype(dtype).type
+        self.least = lanes_of(self.dtype).width
+
+    def array(self, values: Any) -> np.ndarray:
+        """Return a contiguous numpy array."""
+        return np.ascontiguousarray(values, self.dtype)
+
+    def empty(self, *shape: int) -> np.ndarray:
+        """Return memory for a numpy array."""
+        return np.empty(shape, self.dtype)
 
     def compile(self, program: Program, sampling: Sampling | None) -> Native:
         """Return machine code for this processor, from the cache where it is there."""
-        return Native(program, self._numbers, sampling)
+        return Native(program, self.dtype, sampling)
 
-    def run(self, code: Native, tensors: dict[str, Tensor], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
+    def run(self, code: Native, arrays: dict[str, Array], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
         """Roll out on all threads of the pool, the caller's included."""
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        addresses = {name: array.__array_interface__["data"][0] for name, array in arrays.items()}
         counts = {"blocks": code.blocks(samples), "samples": samples, "steps": steps, "fixed": fixed}
-        self._pool.run(code, words(**counts, seed=seed, draw=draw, **addresses), tensors)
+        self._pool.run(code, words(**counts, seed=seed, draw=draw, **addresses), arrays)
 
 
 class GpuEngine:
     """A CUDA device.
 
     Args:
-        device: torch's name of it.
-        dtype: float32, or float64 for tests.
+        device: torch's device.
+        dtype: numpy's float32, or float64 for tests.
     """
 
     least = 1
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.device = device
-        self._numbers = np.float32 if dtype == torch.float32 else np.float64
+    def __init__(self, device: Any, dtype: type = np.float32) -> None:
+        import torch  # whose memory it works in
+
+        self._torch, self._device, self.dtype = torch, device, np.dtype(dtype).type
+        self._like = {"dtype": torch.float32 if self.dtype is np.float32 else torch.float64, "device": device}
+
+    def array(self, values: Any) -> Any:
+        """Return a contiguous tensor on the device."""
+        return tensor(values, **self._like).contiguous()
+
+    def empty(self, *shape: int) -> Any:
+        """Return memory for a tensor."""
+        return self._torch.empty(shape, **self._like)
 
     def compile(self, program: Program, sampling: Sampling | None) -> Any:
         """Return a kernel loaded on the device."""
         from mbctrl.kernels.gpu import GpuKernel  # the CUDA binding is an extra
 
-        return GpuKernel(program, self._numbers, sampling, device=self.device.index or 0)
+        return GpuKernel(program, self.dtype, sampling, device=self._device.index or 0)
 
-    def run(self, code: Any, tensors: dict[str, Tensor], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
+    def run(self, code: Any, arrays: dict[str, Array], samples: int, steps: int, fixed: int, seed: int, draw: int) -> None:
         """Queue the rollout on torch's current stream."""
         signed = seed % 2**64
-        key = torch.tensor([signed if signed < 2**63 else signed - 2**64, draw], dtype=torch.int64).to(self.device)
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        key = self._torch.tensor([signed if signed < 2**63 else signed - 2**64, draw], dtype=self._torch.int64)
+        key = key.to(self._device)
+        addresses = {name: array.data_ptr() for name, array in arrays.items()}
+        stream = self._torch.cuda.current_stream(self._device).cuda_stream
         code.launch(stream, samples=samples, steps=steps, fixed=fixed, key=key.data_ptr(), **addresses)

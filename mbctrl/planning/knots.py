@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from scipy.interpolate import CubicSpline
-from torch import Tensor
+
+from mbctrl.planning.arrays import Array, like
 
 INTERPOLATIONS = ("zero", "linear", "cubic")
 
@@ -24,7 +24,9 @@ class Knots:
         at: where in its step a command is taken, 0 to 1. The middle for a torque, which the model holds; the end for a
             servo's reference, which the implicit servo compares with the state at the step's end (the middle would add
             half a step of lag to the model).
-        dtype, device: of ``basis``.
+
+    Attributes:
+        basis: (H, K) from knots to commands.
     """
 
     def __init__(
@@ -34,8 +36,6 @@ class Knots:
         dt: float,
         interpolation: str = "cubic",
         at: float = 0.5,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
     ) -> None:
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"unknown interpolation {interpolation!r}; known: {', '.join(INTERPOLATIONS)}")
@@ -45,9 +45,10 @@ class Knots:
         self.count, self.steps, self.dt, self.interpolation = count, steps, dt, interpolation
         self.duration = steps * dt
         self.times = np.arange(count) * self.duration / count if interpolation == "zero" else np.linspace(0, self.duration, count)
-        self._like = {"dtype": dtype, "device": device}
         self._curve = CubicSpline(self.times, np.eye(count), bc_type="natural") if interpolation == "cubic" else None
-        self.basis = torch.as_tensor(self.weights((np.arange(steps) + at) * dt), **self._like)
+        self._spacing = self.duration / (count if interpolation == "zero" else count - 1)
+        self._pieces = self._piecewise()
+        self.basis = self.weights((np.arange(steps) + at) * dt)
 
     def weights(self, t: np.ndarray) -> np.ndarray:
         """Return the (T, K) matrix from knots to the command at times ``t`` [s] after the horizon's start, (T,)."""
@@ -59,19 +60,33 @@ class Knots:
             return np.stack([np.interp(t, self.times, row) for row in np.eye(self.count)], axis=1)
         return self._curve(t)
 
-    def commands(self, knots: Tensor) -> Tensor:
-        """Return commands (H, nu, N) from ``knots`` (K, nu, N)."""
-        return (self.basis @ knots.flatten(1)).view(self.steps, *knots.shape[1:])
+    def _piecewise(self) -> np.ndarray:
+        """Return the curve's polynomials (D+1, K+1, K), highest power first, over the time since their knot.
 
-    def shift(self, elapsed: float) -> Tensor:
+        The first piece comes before the first knot, the last one after the last knot; both hold.
+        """
+        knots = np.eye(self.count)
+        if self._curve is not None:
+            pieces = self._curve.c
+        else:
+            pieces = np.stack([np.diff(knots, axis=0) / self._spacing, knots[:-1]])
+        ends = np.zeros((2, len(pieces), 1, self.count))
+        ends[0, -1, 0, 0] = ends[1, -1, 0, -1] = 1.0
+        return np.concatenate([ends[0], pieces, ends[1]], 1)
+
+    def commands(self, knots: Array) -> Array:
+        """Return commands (H, nu, N) from ``knots`` (K, nu, N)."""
+        return (like(self.basis, knots) @ knots.reshape(self.count, -1)).reshape(self.steps, *knots.shape[1:])
+
+    def shift(self, elapsed: float) -> np.ndarray:
         """Return the (K, K) matrix that moves knots ``elapsed`` seconds on: the same curve seen from a later start.
 
         Zero-order knots take the mean of the curve over the time they hold: its value at their own time would stand
         still under shifts shorter than that.
         """
-        if self.interpolation != "zero":
-            return torch.as_tensor(self.weights(self.times + elapsed), **self._like)
-        whole, part = divmod(min(max(elapsed, 0.0) * self.count / self.duration, self.count), 1.0)
-        last = self.count - 1
-        near, far = (np.eye(self.count)[np.minimum(np.arange(self.count) + int(whole) + k, last)] for k in (0, 1))
-        return torch.as_tensor((1 - part) * near + part * far, **self._like)
+        whole, part = divmod(elapsed, self._spacing)
+        rows = self._pieces[:, np.clip(np.arange(1, self.count + 1) + int(min(whole, self.count)), 0, self.count)]
+        moved = rows[0]
+        for coefficients in rows[1:]:
+            moved = moved * part + coefficients
+        return moved

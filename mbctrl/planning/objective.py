@@ -1,7 +1,8 @@
-"""Costs of command sequences: roll out, look, sum the task's terms."""
+"""Costs of command sequences in torch: roll out, look, sum the task's terms; and the search over them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,17 @@ from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.planning.arrays import Array, like
+from mbctrl.planning.knots import Knots
+from mbctrl.planning.noise import Noise
+from mbctrl.planning.planner import Search
+from mbctrl.planning.rules.base import Distribution
 from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
 from mbctrl.tasks.features import Features
 from mbctrl.tasks.task import Task
+
+Objective = Callable[[Tensor, Tensor, Any], Tensor]
+"""(x (nx,), commands (H, nu, N), parameters) -> costs (N,)."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,11 @@ class Parameters:
     position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start.
     """
 
-    u_before: Tensor
-    p_target: Tensor | None = None
-    r_target: Tensor | None = None
-    q_target: Tensor | None = None
-    obstacles: tuple[Tensor, ...] = ()
+    u_before: Array
+    p_target: Array | None = None
+    r_target: Array | None = None
+    q_target: Array | None = None
+    obstacles: tuple[Array, ...] = ()
 
 
 class FeatureMap:
@@ -140,3 +149,29 @@ class RolloutObjective:
                 weights[-1] += self.task.terms[name].terminal * self.discount**horizon
             total = total + weights @ row.expand(horizon, len(total))
         return total
+
+
+class TorchSearch(Search):
+    """Any objective over command sequences, in torch.
+
+    Args:
+        objective: costs of command sequences.
+        knots: the action parametrisation.
+        noise: draws (K, nu, N) standard normals.
+        lower, upper: (nu,) command bounds; knots are clipped to them (cubic curves between may overshoot and are
+            clipped again).
+    """
+
+    def __init__(self, objective: Objective, knots: Knots, noise: Noise, lower: Tensor, upper: Tensor) -> None:
+        self.objective, self.knots, self.noise = objective, knots, noise
+        self._low, self._high = lower[None, :, None], upper[None, :, None]
+        self._basis = like(knots.basis, lower)
+
+    def __call__(
+        self, belief: Distribution, fixed: Tensor, seed: int, draw: int, x: Tensor, parameters: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return candidates and their costs."""
+        drawn = belief.mean[..., None] + belief.spread[..., None] * self.noise.draw(seed, draw)
+        candidates = torch.cat((fixed, drawn[..., fixed.shape[-1] :]), -1).clamp(self._low, self._high)
+        commands = (self._basis @ candidates.flatten(1)).view(self.knots.steps, *candidates.shape[1:])
+        return candidates, self.objective(x, commands.clamp(self._low, self._high), parameters)

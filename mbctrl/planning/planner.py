@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mbctrl.planning.arrays import Array, host, like, namespace
 from mbctrl.planning.knots import Knots
-from mbctrl.planning.noise import Noise
 from mbctrl.planning.rules.base import Distribution, Figures, Rule
-
-Objective = Callable[[Tensor, Tensor, Any], Tensor]
-"""(x (nx,), commands (H, nu, N), parameters) -> costs (N,)."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +25,22 @@ class PlannerState:
 
 @dataclass(frozen=True)
 class Result:
-    """One planning step: ``knots`` (K, nu) to follow, figures of the last iteration, its candidates and weights."""
+    """One planning step.
 
-    knots: Tensor
+    ``knots`` (K, nu) to follow, figures of the last iteration, its candidates (K, nu, N) and their weights (N,).
+    """
+
+    knots: Array
     figures: Figures
-    candidates: Tensor
-    weights: Tensor
+    candidates: Array
+    weights: Array
 
 
 class Search(ABC):
-    """Draws candidates around a belief and costs them."""
+    """Draws candidates around a belief and costs them; the kind of its arrays is the kind of the belief's."""
 
     @abstractmethod
-    def __call__(
-        self, belief: Distribution, fixed: Tensor, seed: int, draw: int, x: Tensor, parameters: Any
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, belief: Distribution, fixed: Array, seed: int, draw: int, x: Array, parameters: Any) -> tuple[Array, Array]:
         """Return candidates (K, nu, N) within their bounds and their costs (N,), which need not be finite.
 
         Args:
@@ -55,30 +50,6 @@ class Search(ABC):
             x: (nx,) the state to roll out from.
             parameters: the objective's.
         """
-
-
-class TorchSearch(Search):
-    """Any objective over command sequences, in torch.
-
-    Args:
-        objective: costs of command sequences.
-        knots: the action parametrisation.
-        noise: draws (K, nu, N) standard normals.
-        lower, upper: (nu,) command bounds; knots are clipped to them (cubic curves between may overshoot and are
-            clipped again).
-    """
-
-    def __init__(self, objective: Objective, knots: Knots, noise: Noise, lower: Tensor, upper: Tensor) -> None:
-        self.objective, self.knots, self.noise = objective, knots, noise
-        self._low, self._high = lower[None, :, None], upper[None, :, None]
-
-    def __call__(
-        self, belief: Distribution, fixed: Tensor, seed: int, draw: int, x: Tensor, parameters: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return candidates and their costs."""
-        drawn = belief.mean[..., None] + belief.spread[..., None] * self.noise.draw(seed, draw)
-        candidates = torch.cat((fixed, drawn[..., fixed.shape[-1] :]), -1).clamp(self._low, self._high)
-        return candidates, self.objective(x, self.knots.commands(candidates).clamp(self._low, self._high), parameters)
 
 
 class Planner:
@@ -101,20 +72,20 @@ class Planner:
         knots: Knots,
         *,
         samples: int,
-        sigma: Tensor,
+        sigma: Array,
         iterations: int = 1,
         growth: float | None = None,
     ) -> None:
         self.search, self.rule, self.knots, self.samples, self.iterations = search, rule, knots, samples, iterations
         self.growth = growth
-        self._sigma = sigma.expand(knots.count, -1).contiguous()
+        self._sigma = sigma if sigma.ndim == 2 else namespace(sigma).stack([sigma] * knots.count)
 
-    def initial(self, command: Tensor, t: float = 0.0, seed: int = 0) -> PlannerState:
+    def initial(self, command: Array, t: float = 0.0, seed: int = 0) -> PlannerState:
         """Return the state before the first plan: ``command`` (nu,) held from time ``t`` [s]."""
-        mean = command.expand(self.knots.count, -1)
+        mean = namespace(command).stack([command] * self.knots.count)
         return PlannerState(Distribution(mean, self._sigma, mean, mean[..., None][..., :0]), t, seed, 0)
 
-    def plan(self, state: PlannerState, x: Tensor, parameters: Any, t: float) -> tuple[PlannerState, Result]:
+    def plan(self, state: PlannerState, x: Array, parameters: Any, t: float) -> tuple[PlannerState, Result]:
         """Plan from state ``x`` (nx,) at time ``t`` [s]: shift the belief to ``t``, then iterate."""
         state = self.shifted(state, t)
         for _ in range(self.iterations):
@@ -123,44 +94,42 @@ class Planner:
 
     def shifted(self, state: PlannerState, t: float) -> PlannerState:
         """Return the belief as seen from time ``t`` [s], its spread widened."""
-        move = self.knots.shift(t - state.start)
-        old = state.belief
-        spread = self._sigma
+        old, spread = state.belief, self._sigma
+        move = like(self.knots.shift(t - state.start), old.mean)
         if self.growth is not None:
-            spread = torch.minimum(self.growth * (move.abs() @ old.spread), self._sigma)
-        every = torch.cat((old.mean[..., None], old.best[..., None], old.kept), -1)
-        every = (move @ every.flatten(1)).view(every.shape)
-        return replace(state, belief=Distribution(every[..., 0], spread, every[..., 1], every[..., 2:]), start=t)
+            spread = namespace(spread).minimum(self.growth * (abs(move) @ old.spread), self._sigma)
+        kept = old.kept
+        if kept.shape[2]:
+            kept = (move @ kept.reshape(len(move), -1)).reshape(kept.shape)
+        return PlannerState(Distribution(move @ old.mean, spread, move @ old.best, kept), t, state.seed, state.draws)
 
-    def iterate(self, state: PlannerState, x: Tensor, parameters: Any) -> tuple[PlannerState, Result]:
+    def iterate(self, state: PlannerState, x: Array, parameters: Any) -> tuple[PlannerState, Result]:
         """Draw, cost and update once; k calls are k iterations of one plan."""
-        candidates, costs = self.search(state.belief, self._fixed(state.belief), state.seed, state.draws, x, parameters)
-        costs = torch.nan_to_num(costs, nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-        values = costs.cpu().numpy()
-        finite = values[np.isfinite(values)]
-        belief, weights = state.belief, torch.zeros_like(costs)
-        if len(finite):
+        belief = state.belief
+        candidates, costs = self.search(belief, self._fixed(belief), state.seed, state.draws, x, parameters)
+        values = host(costs)
+        good = np.isfinite(values)
+        finite = int(np.count_nonzero(good))
+        if finite < len(values):
+            values = np.where(good, values, np.array(np.inf, values.dtype))
+            costs = like(values, costs)
+        if finite:
             belief, weights = self.rule.update(state.belief, candidates, costs)
             if belief.spread is not state.belief.spread:
-                floor = getattr(self.rule, "floor", 0.0)
-                belief = replace(belief, spread=torch.maximum(belief.spread, floor * self._sigma))
-        figures = Figures(
-            best=float(finite.min()) if len(finite) else np.inf,
-            mean=float(finite.mean()) if len(finite) else np.inf,
-            ess=_effective(weights.cpu().numpy()) if len(finite) else 0.0,
-            nonfinite=len(values) - len(finite),
-        )
-        state = replace(state, belief=belief, draws=state.draws + 1)
+                spread = namespace(belief.spread).maximum(belief.spread, getattr(self.rule, "floor", 0.0) * self._sigma)
+                belief = Distribution(belief.mean, spread, belief.best, belief.kept)
+            shares = host(weights)
+            mean = (values if finite == len(values) else values[good]).mean(dtype=float)
+            figures = Figures(float(values.min()), float(mean), float(1.0 / (shares @ shares)), len(values) - finite)
+        else:
+            weights, figures = like(np.zeros(len(values)), costs), Figures(np.inf, np.inf, 0.0, len(values))
+        state = PlannerState(belief, state.start, state.seed, state.draws + 1)
         return state, Result(getattr(belief, self.rule.executes), figures, candidates, weights)
 
-    def _fixed(self, belief: Distribution) -> Tensor:
+    def _fixed(self, belief: Distribution) -> Array:
         """Return (K, nu, F) candidates that are not drawn: those kept, best first, at most half of all, and the mean."""
-        fixed = [belief.kept[..., : self.samples // 2]]
-        if self.rule.includes_mean:
-            fixed.append(belief.mean[..., None])
-        return torch.cat(fixed, -1)
-
-
-def _effective(weights: np.ndarray) -> float:
-    """Return Kish's effective sample size of normalised weights, 1 / sum w²."""
-    return float(1.0 / (weights @ weights))
+        kept = belief.kept[..., : self.samples // 2]
+        if not self.rule.includes_mean:
+            return kept
+        mean = belief.mean[..., None]
+        return namespace(mean).concatenate((kept, mean), -1) if kept.shape[2] else mean

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from mbctrl.base.spec import Number
+from mbctrl.planning.arrays import Array, host, like
 
 # Ranges of settings; checked where they come from a file.
 Share = Annotated[Number, Field(gt=0, lt=1)]
@@ -25,12 +24,13 @@ class Distribution:
 
     ``mean`` and ``spread`` (K, nu), the latter the standard deviation in units of the command; ``best`` (K, nu) the
     cheapest candidate seen at the last update; ``kept`` (K, nu, E) candidates carried into the next draw, E may be 0.
+    All of one kind, numpy's or torch's (``mbctrl.planning.arrays``).
     """
 
-    mean: Tensor
-    spread: Tensor
-    best: Tensor
-    kept: Tensor
+    mean: Array
+    spread: Array
+    best: Array
+    kept: Array
 
 
 class Figures(NamedTuple):
@@ -52,8 +52,10 @@ class Rule(ABC):
     executes: ClassVar[str] = "mean"
 
     @abstractmethod
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return the new distribution and the candidates' weights (N,), which sum to one.
+
+        The arrays' kind is the planner's: write with operators and ``mbctrl.planning.arrays``.
 
         Args:
             old: the distribution the candidates were drawn from.
@@ -62,17 +64,19 @@ class Rule(ABC):
         """
 
 
-def ranked(costs: Tensor, count: int) -> Tensor:
+def ranked(costs: Array, count: int) -> np.ndarray:
     """Return the indices of the ``count`` cheapest candidates that are finite, cheapest first, (E,).
 
     ``costs`` must have its NaN replaced by +inf.
     """
-    values = costs.cpu().numpy()  # a selection of a few among thousands is several times quicker here than as a tensor
-    index = np.arange(len(values)) if count >= len(values) else np.argpartition(values, count)[:count]
-    index = index[np.argsort(values[index], kind="stable")]
-    return torch.from_numpy(index[values[index] < np.inf]).to(costs.device)
+    values = host(costs)  # a selection of a few among thousands is quicker here than as a tensor
+    index = np.arange(len(values)) if count >= len(values) else values.argpartition(count)[:count]
+    index = index[values[index].argsort(kind="stable")]
+    return index[: values[index].searchsorted(np.inf)]
 
 
-def equal_weights(costs: Tensor, index: Tensor) -> Tensor:
+def equal_weights(costs: Array, index: np.ndarray) -> Array:
     """Return weights (N,) shared equally by the candidates at ``index``."""
-    return torch.zeros_like(costs).index_fill(0, index, 1.0 / len(index))
+    weights = np.zeros(len(costs))
+    weights[index] = 1.0 / len(index)
+    return like(weights, costs)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from mbctrl.base.config import Count
+from mbctrl.planning.arrays import Array
 from mbctrl.planning.rules.base import Distribution, Factor, Rule, ShareOrNone, equal_weights, ranked
 
 
@@ -27,11 +25,11 @@ class Cem(Rule):
     smoothing: ShareOrNone = 0.1
     floor: Factor = 0.05
 
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return mean and spread of the elites, smoothed with the old ones."""
-        index = ranked(costs, self.elites)
-        chosen = knots.index_select(2, index)
-        spread, mean = torch.std_mean(chosen, -1, correction=0)
-        mean, spread = (torch.lerp(new, old, self.smoothing) for new, old in ((mean, old.mean), (spread, old.spread)))
-        new = replace(old, mean=mean, spread=spread, best=chosen[:, :, 0])
-        return new, equal_weights(costs, index)
+        index, share = ranked(costs, self.elites), self.smoothing
+        chosen = knots[:, :, index]
+        mean = chosen.mean(-1)
+        spread = ((chosen - mean[..., None]) ** 2).mean(-1) ** 0.5
+        mean, spread = share * old.mean + (1 - share) * mean, share * old.spread + (1 - share) * spread
+        return Distribution(mean, spread, chosen[:, :, 0], old.kept), equal_weights(costs, index)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from mbctrl.base.config import Count
+from mbctrl.planning.arrays import Array
 from mbctrl.planning.rules.base import Distribution, Factor, Rule, ShareOrNone, ranked
 from mbctrl.planning.rules.cem import Cem
 
@@ -31,7 +31,7 @@ class ICem(Rule):
     floor: Factor = 0.05
     keep: Annotated[int, Field(ge=0, strict=True)] = 8
 
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return CEM's update with the cheapest candidates kept."""
         new, weights = Cem(self.elites, self.smoothing, self.floor).update(old, knots, costs)
         return replace(new, kept=knots[:, :, ranked(costs, self.keep)]), weights

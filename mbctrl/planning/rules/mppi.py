@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mbctrl.base.robot import Positive
+from mbctrl.planning.arrays import Array, host, like
 from mbctrl.planning.rules.base import Distribution, Factor, Rule, Share, ShareOrNone
 
 _NEAR, _FAR = np.linspace(-1, 0.5, 10), np.linspace(-4, 2, 49)  # powers of ten
@@ -34,32 +33,34 @@ class Mppi(Rule):
     adapt: ShareOrNone = 0.0
     floor: Factor = 0.1
 
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return the weighted mean (and spread, if adapted)."""
-        excess = costs - costs.min()  # inf stays inf and weighs nothing
-        weights = torch.softmax(-excess / self.temperature, 0) if self.ess is None else self._with_ess(excess)
-        mean = knots @ weights
-        spread = old.spread
+        values = host(costs)  # a pass over a few thousand numbers is quicker here than as a tensor
+        best = int(values.argmin())
+        excess = values - values[best]  # inf stays inf and weighs nothing
+        inverse = 1.0 / self.temperature if self.ess is None else self._with_ess(excess)
+        shares = np.exp(excess * np.array(-inverse, excess.dtype))
+        shares *= shares > 1e-30  # next to nothing is nothing: denormal numbers are many times slower
+        weights = like(shares / shares.sum(), costs)
+        mean, spread = knots @ weights, old.spread
         if self.adapt > 0:
-            around = ((knots - mean[..., None]) ** 2 @ weights).sqrt()
+            around = ((knots - mean[..., None]) ** 2 @ weights) ** 0.5
             spread = (1 - self.adapt) * spread + self.adapt * around
-        return replace(old, mean=mean, spread=spread, best=knots[:, :, costs.argmin()]), weights
+        return Distribution(mean, spread, knots[:, :, best], old.kept), weights
 
-    def _with_ess(self, excess: Tensor) -> Tensor:
-        """Return the weights at the temperature whose effective sample size is the one asked for."""
-        # In numpy, where a pass over a few thousand numbers is several times cheaper than as a tensor operation.
-        values = excess.cpu().numpy()
-        wanted = self.ess * np.isfinite(values).sum()
+    def _with_ess(self, excess: np.ndarray) -> float:
+        """Return 1 over the temperature whose effective sample size is the one asked for."""
+        wanted = self.ess * np.count_nonzero(excess < np.inf)
         # The temperature is of the order of the excess at the rank asked for; a mean would follow one diverged sample.
-        scale = max(float(np.partition(values, int(wanted))[int(wanted)]), 1e-12)
+        scale = max(float(np.partition(excess, int(wanted))[int(wanted)]), 1e-12)
         ladder = _NEAR
-        sizes = _sizes(values, scale, ladder)
+        sizes = _sizes(excess, scale, ladder)
         if not sizes[0] <= wanted <= sizes[-1]:
             ladder = _FAR
-            sizes = _sizes(values, scale, ladder)
+            sizes = _sizes(excess, scale, ladder)
         # The size grows with the temperature, between rungs as a power of it.
         power = np.interp(math.log(wanted), np.log(sizes), ladder)
-        return torch.softmax(excess * (-(10.0**-power) / scale), 0)
+        return 10.0**-power / scale
 
 
 def _sizes(values: np.ndarray, scale: float, ladder: np.ndarray) -> np.ndarray:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
+from mbctrl.planning.arrays import Array
 from mbctrl.planning.rules.base import Distribution, Rule, equal_weights, ranked
 
 
@@ -17,7 +16,7 @@ class PredictiveSampling(Rule):
     Source: Howell et al., "Predictive Sampling: Real-time Behaviour Synthesis with MuJoCo" (2022).
     """
 
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return the distribution centred on the cheapest candidate."""
         index = ranked(costs, 1)
         best = knots[:, :, index[0]]
@@ -34,7 +33,7 @@ class RandomShooting(PredictiveSampling):
     includes_mean: ClassVar[bool] = False
     executes: ClassVar[str] = "best"
 
-    def update(self, old: Distribution, knots: Tensor, costs: Tensor) -> tuple[Distribution, Tensor]:
+    def update(self, old: Distribution, knots: Array, costs: Array) -> tuple[Distribution, Array]:
         """Return the old distribution with the cheapest candidate noted."""
         index = ranked(costs, 1)
         return replace(old, best=knots[:, :, index[0]]), equal_weights(costs, index)
