@@ -26,6 +26,18 @@ EXTRAS = {
         "scipy>=1.13,<2",
         "torch>=2.6,<3",
     ],
+    "calibrate": [
+        "clarabel>=0.9,<1",
+        "cvxpy>=1.6,<2",
+        "matplotlib>=3.9,<4",
+        "mcap>=1.2,<2",
+        "mcap-ros2-support>=0.5,<1",
+        "mujoco>=3.17,<4",
+        "pandas>=2.2,<4",
+        "pin>=3.4,<5",
+        "pyarrow>=17,<27",
+        "scipy>=1.13,<2",
+    ],
     # There is no CUDA for macOS.
     "cuda": [
         f"{need}; sys_platform != 'darwin'" for need in ("cuda-bindings>=13,<14", "cuda-core>=1,<2", "nvidia-cuda-nvrtc>=13,<14")
@@ -61,7 +73,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=["mbctrl", "mbctrl.*"]),
     install_requires=["numpy>=1.26,<3", "pydantic>=2.9,<3", "pyyaml>=6,<7", "rich>=13,<16", "tyro>=0.9,<2"],
-    extras_require={**EXTRAS, "all": [need for extra in ("sim", "viewer") for need in EXTRAS[extra]]},
+    extras_require={**EXTRAS, "all": [need for extra in ("sim", "calibrate", "viewer") for need in EXTRAS[extra]]},
     entry_points={"console_scripts": ["mbctrl = mbctrl.cli.main:main"]},
     cmdclass={"build_py": BuildWithShare},
 )

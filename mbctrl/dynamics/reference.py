@@ -63,6 +63,28 @@ class ReferenceDynamics:
         passive = -t.damping * v - t.friction * np.sign(v) - t.stiffness * (q - t.spring_reference)
         return pin.aba(self.model, self.data, q - t.reference, v, tau + passive).copy()
 
+    def inverse_dynamics(self, q: np.ndarray, v: np.ndarray, a: np.ndarray) -> np.ndarray:
+        """Return the torques of rigid bodies and rotors (T, nv) [N·m] along q, v, a (T, nv); no friction, no springs."""
+        return np.stack([pin.rnea(self.model, self.data, x, y, z) for x, y, z in zip(q - self.tree.reference, v, a)])
+
+    def regressor(self, q: np.ndarray, v: np.ndarray, a: np.ndarray) -> np.ndarray:
+        """Return (T, nv, 10 nv): torque is this times the links' parameters, along q, v, a (T, nv); rotors not included.
+
+        Parameters of a link, in its joint's frame: mass [kg], mass times centre of mass x, y, z [kg·m], and the inertia
+        about the frame's origin xx, xy, yy, xz, yz, zz [kg·m²]. Source: Atkeson, An and Hollerbach, "Estimation of
+        inertial parameters of manipulator loads and links" (1986); Pinocchio's ``computeJointTorqueRegressor``.
+        """
+        n = self.tree.n
+        out = np.empty((len(q), n, 10 * n))
+        for i, (x, y, z) in enumerate(zip(np.asarray(q) - self.tree.reference, v, a)):
+            out[i] = pin.computeJointTorqueRegressor(self.model, self.data, x, y, z)
+        return out
+
+
+def link_parameters(tree: RigidTree) -> np.ndarray:
+    """Return the ten parameters of each link (n, 10) in the order of ``ReferenceDynamics.regressor``."""
+    return np.stack([pin.Inertia(m, c, i).toDynamicParameters() for m, c, i in zip(tree.mass, tree.com, tree.inertia)])
+
 
 def self_check(mj: mujoco.MjModel, tree: RigidTree, source: str, states: int = 3) -> float:
     """Compare M(q), bias and gravity of MuJoCo and Pinocchio at random states; return the largest relative error.

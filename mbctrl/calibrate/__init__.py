@@ -1,0 +1,1 @@
+"""System identification: from logs to parameters with uncertainties."""
