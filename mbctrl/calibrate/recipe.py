@@ -63,9 +63,9 @@ class Signal(Spec):
 class LogSpec(Spec):
     """How a log is read.
 
-    ``header``: the first line names the columns (CSV). ``topic``: of JointState messages (MCAP), whose columns are joint names.
-    ``rate`` [Hz] is the nominal one; it stands for the stamps where ``time`` is absent. ``gains`` [N·m/A] turn currents into torques, one a
-    joint. ``largest_gap`` [s]: longer silences split the log.
+    ``header``: the first line names the columns (CSV). ``topic``: of JointState messages (MCAP), whose columns are joint
+    names. ``rate`` [Hz] is the nominal one; it stands for the stamps where ``time`` is absent. ``gains`` [N·m/A] turn
+    currents into torques, one a joint. ``largest_gap`` [s]: longer silences split the log.
     """
 
     header: bool = True
