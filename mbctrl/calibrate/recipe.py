@@ -92,3 +92,11 @@ class LogSpec(Spec):
         if UNITS[self.effort.unit][0] == "current" and self.gains is None:
             raise ValueError("gains: needed where effort is a current")
         return self
+
+
+class FilterSpec(Spec):
+    """Zero-phase Butterworth filters; null cutoffs are chosen by the rule in ``mbctrl.calibrate.signals``."""
+
+    order: Annotated[int, Field(ge=1, le=8, strict=True)] = 5
+    motion: Positive | None = None  # [Hz], of positions, velocities and accelerations
+    effort: Positive | None = None  # [Hz]

@@ -1,0 +1,240 @@
+"""Linear regression of joint torques: columns, blocks of time, weighted, robust and instrumental estimates, intervals.
+
+All estimates but the robust and the instrumental one are functions of each block's Gram matrices, so that folds, weighting
+rounds and bootstrap draws cost a solve of a hundred unknowns and never a pass over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbctrl.calibrate.friction import Friction
+from mbctrl.calibrate.signals import Signals
+from mbctrl.dynamics.reference import ReferenceDynamics
+
+_HUBER = 1.345  # 95 % efficient for normal residuals (Huber, "Robust Statistics", 1981)
+_RANK = 1e-10  # eigenvalues of the scaled Gram matrix below this, relative to the largest, are no information
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the unknowns are: 10 n inertial parameters, n rotor inertias, n times F friction coefficients, joint by joint."""
+
+    n: int
+    friction: Friction
+
+    @property
+    def inertial(self) -> slice:
+        """The links' parameters."""
+        return slice(0, 10 * self.n)
+
+    @property
+    def armature(self) -> slice:
+        """The rotors' inertias."""
+        return slice(10 * self.n, 11 * self.n)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return (11 + len(self.friction.terms)) * self.n
+
+    def friction_of(self, joint: int) -> slice:
+        """The friction coefficients of a joint."""
+        width = len(self.friction.terms)
+        return slice(11 * self.n + joint * width, 11 * self.n + (joint + 1) * width)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Stacked equations of one or several recordings.
+
+    ``W`` (T, n, p) and ``tau`` (T, n) [N·m], both through the effort's filter; ``keep`` (T,) the samples to fit;
+    ``block`` (T,) number of the stretch of time a sample belongs to.
+    """
+
+    columns: Columns
+    W: np.ndarray
+    tau: np.ndarray
+    keep: np.ndarray
+    block: np.ndarray
+
+
+def regress(
+    signals: Sequence[Signals],
+    reference: ReferenceDynamics,
+    friction: Friction,
+    links: np.ndarray | None = None,
+    seconds: float = 1.0,
+) -> Regression:
+    """Return the equations of ``signals``.
+
+    Args:
+        signals: prepared recordings.
+        reference: the arm's kinematics; its inertias do not matter.
+        friction: the family.
+        links: (10 n,) parameters the transmitted load is computed from, where the family has a term for it.
+        seconds: length of a block.
+    """
+    rows, targets, keep, block, number = [], [], [], [], 0
+    for one in signals:
+        W, part = equations(one, reference, friction, links), blocks_of(one, seconds)
+        rows.append(W)
+        targets.append(one.effort)
+        keep.append(one.moving)
+        block.append(part + number)
+        number += int(part.max()) + 1
+    columns = Columns(signals[0].effort.shape[1], friction)
+    return Regression(columns, *(np.concatenate(parts) for parts in (rows, targets, keep, block)))
+
+
+def equations(one: Signals, reference: ReferenceDynamics, friction: Friction, links: np.ndarray | None) -> np.ndarray:
+    """Return the filtered columns (T, n, p) of one recording."""
+    steps, n = one.q.shape
+    inertial = reference.regressor(one.q, one.v, one.a)
+    load = None if links is None else inertial @ links
+    terms = friction.columns(one.v, friction.direction(one.t, one.v, one.parts), load)
+    width = terms.shape[2]
+    joint = np.arange(n)
+    smooth_terms, smooth_a = one.smooth(terms), one.smooth(one.a)
+    W = np.zeros((steps, n, (11 + width) * n))
+    W[:, :, : 10 * n] = one.smooth(inertial)
+    W[:, joint, 10 * n + joint] = smooth_a
+    for j in range(n):
+        W[:, j, 11 * n + j * width : 11 * n + (j + 1) * width] = smooth_terms[:, j]
+    return W
+
+
+def blocks_of(one: Signals, seconds: float) -> np.ndarray:
+    """Return (T,): number of the block of ``seconds`` a sample lies in; blocks do not reach across gaps."""
+    out, number = np.zeros(len(one.t), int), 0
+    for first, past in one.parts:
+        local = ((one.t[first:past] - one.t[first]) / seconds).astype(int)
+        out[first:past] = number + local
+        number += int(local[-1]) + 1
+    return out
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Per block and joint: ``G`` (B, n, p, p) = W'W, ``g`` (B, n, p) = W'tau, ``s`` (B, n) = tau'tau, ``count`` (B,) samples."""
+
+    G: np.ndarray
+    g: np.ndarray
+    s: np.ndarray
+    count: np.ndarray
+
+    def __getitem__(self, blocks: np.ndarray) -> Grams:
+        """Return some of the blocks."""
+        return Grams(self.G[blocks], self.g[blocks], self.s[blocks], self.count[blocks])
+
+    def only(self, columns: np.ndarray) -> Grams:
+        """Return the same with some of the columns."""
+        return Grams(self.G[:, :, columns[:, None], columns], self.g[:, :, columns], self.s, self.count)
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+
+def grams(regression: Regression) -> Grams:
+    """Return the Gram matrices of the samples kept, blocks without any left out."""
+    keep = regression.keep
+    block, W, tau = regression.block[keep], regression.W[keep], regression.tau[keep]
+    found = []
+    for b in np.unique(block):
+        rows = block == b
+        w, y = W[rows].transpose(1, 0, 2), tau[rows].T  # (n, t, p), (n, t)
+        found.append((w.transpose(0, 2, 1) @ w, (w.transpose(0, 2, 1) @ y[:, :, None])[..., 0], (y**2).sum(1), rows.sum()))
+    return Grams(*(np.stack(parts) for parts in zip(*found)))
+
+
+def solve(data: Grams, sd: np.ndarray, share: np.ndarray | None = None) -> np.ndarray:
+    """Return the weighted least-squares estimate (p,), of least norm where the data do not decide.
+
+    Args:
+        data: Gram matrices.
+        sd: (n,) noise of each joint [N·m].
+        share: (B,) weight of each block; None: one each.
+    """
+    weight = np.ones(len(data)) if share is None else share
+    A = np.einsum("b,bnpq,n->pq", weight, data.G, 1 / sd**2, optimize=True)
+    b = np.einsum("b,bnp,n->p", weight, data.g, 1 / sd**2, optimize=True)
+    scale = np.sqrt(np.diag(A))
+    scale[scale == 0] = 1.0
+    values, vectors = np.linalg.eigh(A / np.outer(scale, scale))
+    good = values > _RANK * values[-1]
+    return vectors[:, good] @ ((vectors[:, good].T @ (b / scale)) / values[good]) / scale
+
+
+def squares(data: Grams, x: np.ndarray) -> np.ndarray:
+    """Return the sum of squared residuals (B, n) [(N·m)²] of an estimate."""
+    return np.maximum(data.s - 2 * data.g @ x + np.einsum("p,bnpq,q->bn", x, data.G, x, optimize=True), 0.0)
+
+
+def weighted(data: Grams, rounds: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Return the estimate (p,) and each joint's residual sd (n,) [N·m], weights and estimate refined in turn."""
+    sd = np.sqrt(np.maximum(data.s.sum(0) / data.count.sum(), 1e-12))
+    for _ in range(rounds):
+        x = solve(data, sd)
+        sd = np.sqrt(np.maximum(squares(data, x).sum(0) / data.count.sum(), 1e-12))
+    return x, sd
+
+
+def huber(regression: Regression, columns: np.ndarray, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Return the estimate and joint sds with residuals beyond 1.345 sd weighing less; for logs with outliers."""
+    keep = regression.keep
+    W, tau = regression.W[keep][:, :, columns], regression.tau[keep]
+    weight = np.ones_like(tau)
+    for _ in range(rounds):
+        A = np.einsum("tnp,tnq,tn->pq", W, W, weight, optimize=True)
+        b = np.einsum("tnp,tn->p", W, weight * tau)
+        x = np.linalg.lstsq(A, b, rcond=_RANK)[0]
+        left = tau - W @ x
+        sd = 1.4826 * np.median(np.abs(left), axis=0)  # of a normal distribution
+        weight = np.minimum(1.0, _HUBER * sd / np.maximum(np.abs(left), 1e-12)) / sd**2
+    return x, sd
+
+
+def instrumental(regression: Regression, instruments: np.ndarray, columns: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """Return the instrumental-variables estimate (p,): unbiased where columns carry measurement noise.
+
+    Args:
+        regression: the equations.
+        instruments: (T, n, p) the same columns along motions without that noise, as the reference the arm followed.
+        columns: which columns are fitted.
+        sd: (n,) noise of each joint [N·m].
+
+    Source: Janot, Vandanjon and Gautier, "A generic instrumental variable approach for industrial robot
+    identification" (2014).
+    """
+    keep = regression.keep
+    W, Z = regression.W[keep][:, :, columns], instruments[keep][:, :, columns]
+    A = np.einsum("tnp,tnq,n->pq", Z, W, 1 / sd**2, optimize=True)
+    b = np.einsum("tnp,tn,n->p", Z, regression.tau[keep], 1 / sd**2, optimize=True)
+    return np.linalg.lstsq(A, b, rcond=_RANK)[0]
+
+
+def bootstrap(data: Grams, sd: np.ndarray, draws: int = 200, seed: int = 0) -> np.ndarray:
+    """Return the covariance (p, p) of the estimate by drawing whole blocks with replacement.
+
+    Residuals of a rigid model are far from independent: standard errors that take them so are several times too small.
+    Source: Künsch, "The jackknife and the bootstrap for general stationary observations" (1989).
+    """
+    rng, blocks = np.random.default_rng(seed), len(data)
+    shares = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=draws)
+    found = np.stack([solve(data, sd, share.astype(float)) for share in shares])
+    return np.cov(found.T)
+
+
+def sandwich(data: Grams, sd: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the covariance (p, p) of the estimate, robust to residuals that are correlated within a block.
+
+    Source: Liang and Zeger, "Longitudinal data analysis using generalized linear models" (1986), with the correction
+    B / (B - 1).
+    """
+    bread = np.linalg.pinv(np.einsum("bnpq,n->pq", data.G, 1 / sd**2, optimize=True), rcond=_RANK, hermitian=True)
+    scores = np.einsum("bnp,n->bp", data.g - data.G @ x, 1 / sd**2)
+    blocks = len(data)
+    return bread @ (scores.T @ scores) @ bread * (blocks / (blocks - 1))
