@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbctrl.calibrate.friction import TERMS, Friction
-from mbctrl.calibrate.regression import Grams, grams, regress, solve, squares, weighted
-from mbctrl.calibrate.signals import Signals
-from mbctrl.dynamics.reference import ReferenceDynamics
+from mbctrl.calibrate.friction import Friction
+from mbctrl.calibrate.regression import Columns, Grams, Motion, grams, regress, solve, squares, stacked, weighted
 
 _FOLDS = 5
 
@@ -25,8 +23,7 @@ class Score:
 
 
 def choose(
-    signals: Sequence[Signals],
-    reference: ReferenceDynamics,
+    motions: Sequence[Motion],
     candidates: Sequence[Friction],
     base: np.ndarray,
     advance: Callable[[str], None] = lambda text: None,
@@ -37,40 +34,34 @@ def choose(
     load of load-dependent friction comes from a fit without it.
 
     Args:
-        signals: the training recordings; nothing else may decide.
-        reference: the arm's kinematics.
+        motions: the training recordings; nothing else may decide.
         candidates: families.
         base: indices of the independent columns of links and rotors.
-        advance: told of each family's name before it is tried.
+        advance: told of each direction before its families are tried.
     """
-    scores, links, sd = [], None, None
-    by_direction: dict[tuple[str, float, float], list[Friction]] = {}
+    n = motions[0].one.effort.shape[1]
+    first, sd = weighted(grams(regress(motions, Friction())))
+    by_direction: dict[tuple[str, float], list[Friction]] = {}
     for family in candidates:
-        length = family.length if family.memory == "dahl" else 0.0
-        speed = family.speed if "stribeck" in family.terms else 0.0
-        by_direction.setdefault((family.memory, length, speed), []).append(family)
-    n = signals[0].effort.shape[1]
-    for (memory, length, speed), group in by_direction.items():
-        widest = Friction(
-            tuple(term for term in TERMS if any(term in one.terms for one in group)), memory, length or 2e-4, speed or 0.05
-        )
-        advance(widest.name)
-        if links is None:
-            plain = Friction(("coulomb", "viscous", "offset"), "sign")
-            first, sd = weighted(grams(regress(signals, reference, plain)))
-            links = first[: 10 * n]
-        data = grams(regress(signals, reference, widest, links))
+        by_direction.setdefault((family.memory, family.length if family.memory == "dahl" else 0.0), []).append(family)
+    scores = []
+    for (memory, length), group in by_direction.items():
+        advance(f"{memory} {length:g} rad" if length else memory)
+        # The columns of all families that share a direction, once; a family is some of them.
+        atoms = list(dict.fromkeys(atom for family in group for atom in _atoms(family)))
+        singles = [Friction((term,), memory, length or 2e-4, speed or 1.0) for term, speed in atoms]
+        W = [motion.equations(np.concatenate([motion.terms(one, first[: 10 * n]) for one in singles], -1)) for motion in motions]
+        data = grams(stacked(motions, W, Columns(n, group[0]), 1.0))
         for family in group:
-            columns = subset(widest, family, n, base)
+            terms = np.array([atoms.index(atom) for atom in _atoms(family)])
+            columns = np.concatenate([base, *(11 * n + j * len(atoms) + terms for j in range(n))])
             scores.append(Score(family, *_held_out(data.only(columns), sd)))
     return sorted(scores, key=lambda score: score.error)
 
 
-def subset(widest: Friction, family: Friction, n: int, base: np.ndarray) -> np.ndarray:
-    """Return the columns of ``widest``'s equations that are ``family``'s, independent ones only."""
-    width = len(widest.terms)
-    terms = np.array([widest.terms.index(term) for term in family.terms])
-    return np.concatenate([base, *(11 * n + j * width + terms for j in range(n))])
+def _atoms(family: Friction) -> list[tuple[str, float]]:
+    """Return (term, Stribeck speed or 0) for each of a family's terms."""
+    return [(term, family.speed if term == "stribeck" else 0.0) for term in family.terms]
 
 
 def _held_out(data: Grams, sd: np.ndarray) -> tuple[float, float]:

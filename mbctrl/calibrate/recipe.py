@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mbctrl.base.find import find
 from mbctrl.base.robot import Positive
-from mbctrl.base.spec import Number, Spec
+from mbctrl.base.spec import Number, Spec, load_yaml, validate
 
 ColumnName = str | Annotated[int, Field(ge=1, strict=True)]
 """A column by the name in its header, or by its number, counted from 1."""
@@ -100,3 +103,81 @@ class FilterSpec(Spec):
     order: Annotated[int, Field(ge=1, le=8, strict=True)] = 5
     motion: Positive | None = None  # [Hz], of positions, velocities and accelerations
     effort: Positive | None = None  # [Hz]
+
+
+class FrictionSpec(Spec):
+    """A friction family; see ``mbctrl.calibrate.friction``."""
+
+    memory: Literal["sign", "tanh", "dahl"] = "sign"
+    length: Positive = 2e-4  # [rad]
+    speed: Positive = 0.05  # [rad/s]
+    terms: tuple[Literal["coulomb", "viscous", "offset", "root", "stribeck", "load", "asymmetric"], ...] = (
+        "coulomb",
+        "viscous",
+        "offset",
+    )
+
+    @model_validator(mode="after")
+    def _once(self) -> FrictionSpec:
+        if len(set(self.terms)) != len(self.terms) or not self.terms:
+            raise ValueError(f"terms: expected at least one, each once, found {list(self.terms)}")
+        return self
+
+
+class ParameterSpec(Spec):
+    """What a recipe says of a parameter: ``fixed`` at a value, or free with a ``prior`` (mean, sd) and ``bounds``.
+
+    ``free``: it is to be fitted; refused by name where the log says nothing of it.
+    """
+
+    fixed: Number | None = None
+    prior: tuple[Number, Positive] | None = None
+    bounds: tuple[Number | None, Number | None] | None = None
+    free: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> ParameterSpec:
+        if self.fixed is not None and (self.free or self.prior or self.bounds):
+            raise ValueError("fixed stands alone: not with free, prior or bounds")
+        low, high = self.bounds or (None, None)
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"bounds: {low} is not below {high}")
+        return self
+
+
+class FitSpec(Spec):
+    """What is fitted, and how.
+
+    ``estimator``: ``weighted`` least squares; ``huber``, for logs with outliers; ``instrumental``, for noisy positions,
+    with the logged command as the instrument. ``links``, ``rotors``: fit the links' parameters, the rotors' inertias; else
+    they are the model's. ``friction``: a family, or ``auto``: chosen by cross-validation inside the training log.
+    ``prior_weight``: of the links' divergence from the model, against a mean squared residual in units of the noise.
+    ``block`` [s]: stretch of time drawn as one by the bootstrap. ``parameters``: by name (``elbow_joint.armature``) or
+    pattern (``*.coulomb``).
+    """
+
+    estimator: Literal["weighted", "huber", "instrumental"] = "weighted"
+    links: bool = True
+    rotors: bool = True
+    friction: Literal["auto"] | FrictionSpec = "auto"
+    prior_weight: Positive = 1e-3
+    block: Positive = 1.0  # [s]
+    draws: Annotated[int, Field(ge=20, le=10000, strict=True)] = 200
+    confidence: Annotated[Number, Field(gt=0.5, lt=1.0)] = 0.95
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    parameters: Mapping[str, ParameterSpec] = Field(default_factory=dict)
+
+
+class Recipe(Spec):
+    """``calibration/NAME.yaml``: whose logs, how they are read, what is fitted."""
+
+    robot: str
+    log: LogSpec
+    filter: FilterSpec = FilterSpec()
+    fit: FitSpec = FitSpec()
+
+
+def load_recipe(name: str) -> tuple[Recipe, Path]:
+    """Load a recipe by name or path; SpecError names file and key."""
+    path = find("calibration", name)
+    return validate(Recipe, load_yaml(path), path), path

@@ -62,49 +62,65 @@ class Regression:
     block: np.ndarray
 
 
-def regress(
-    signals: Sequence[Signals],
-    reference: ReferenceDynamics,
-    friction: Friction,
-    links: np.ndarray | None = None,
-    seconds: float = 1.0,
-) -> Regression:
-    """Return the equations of ``signals``.
+class Motion:
+    """A recording's columns that no choice of friction changes, computed once.
 
     Args:
-        signals: prepared recordings.
+        one: the recording.
         reference: the arm's kinematics; its inertias do not matter.
+
+    Attributes:
+        inertial: (T, n, 10 n) the links' columns, unfiltered.
+    """
+
+    def __init__(self, one: Signals, reference: ReferenceDynamics) -> None:
+        steps, n = one.q.shape
+        self.one, self.inertial = one, reference.regressor(one.q, one.v, one.a)
+        self._rigid = np.zeros((steps, n, 11 * n))
+        self._rigid[:, :, : 10 * n] = one.smooth(self.inertial)
+        joint = np.arange(n)
+        self._rigid[:, joint, 10 * n + joint] = one.smooth(one.a)
+
+    def terms(self, friction: Friction, links: np.ndarray | None) -> np.ndarray:
+        """Return friction's columns (T, n, F), unfiltered; ``links`` (10 n,) say what the joints transmit."""
+        one = self.one
+        load = None if links is None else self.inertial @ links
+        return friction.columns(one.v, friction.direction(one.t, one.v, one.parts), load)
+
+    def equations(self, terms: np.ndarray) -> np.ndarray:
+        """Return all columns (T, n, p), filtered, friction's of each joint beside the joint's others."""
+        steps, n, width = terms.shape
+        W = np.zeros((steps, n, (11 + width) * n))
+        W[:, :, : 11 * n] = self._rigid
+        smooth = self.one.smooth(terms)
+        for j in range(n):
+            W[:, j, 11 * n + j * width : 11 * n + (j + 1) * width] = smooth[:, j]
+        return W
+
+
+def regress(motions: Sequence[Motion], friction: Friction, links: np.ndarray | None = None, seconds: float = 1.0) -> Regression:
+    """Return the equations of recordings.
+
+    Args:
+        motions: the recordings.
         friction: the family.
         links: (10 n,) parameters the transmitted load is computed from, where the family has a term for it.
         seconds: length of a block.
     """
-    rows, targets, keep, block, number = [], [], [], [], 0
-    for one in signals:
-        W, part = equations(one, reference, friction, links), blocks_of(one, seconds)
-        rows.append(W)
-        targets.append(one.effort)
-        keep.append(one.moving)
+    W = [motion.equations(motion.terms(friction, links)) for motion in motions]
+    return stacked(motions, W, Columns(motions[0].one.effort.shape[1], friction), seconds)
+
+
+def stacked(motions: Sequence[Motion], W: Sequence[np.ndarray], columns: Columns, seconds: float) -> Regression:
+    """Return equations with columns ``W``, one (T, n, p) a recording."""
+    block, number = [], 0
+    for motion in motions:
+        part = blocks_of(motion.one, seconds)
         block.append(part + number)
         number += int(part.max()) + 1
-    columns = Columns(signals[0].effort.shape[1], friction)
-    return Regression(columns, *(np.concatenate(parts) for parts in (rows, targets, keep, block)))
-
-
-def equations(one: Signals, reference: ReferenceDynamics, friction: Friction, links: np.ndarray | None) -> np.ndarray:
-    """Return the filtered columns (T, n, p) of one recording."""
-    steps, n = one.q.shape
-    inertial = reference.regressor(one.q, one.v, one.a)
-    load = None if links is None else inertial @ links
-    terms = friction.columns(one.v, friction.direction(one.t, one.v, one.parts), load)
-    width = terms.shape[2]
-    joint = np.arange(n)
-    smooth_terms, smooth_a = one.smooth(terms), one.smooth(one.a)
-    W = np.zeros((steps, n, (11 + width) * n))
-    W[:, :, : 10 * n] = one.smooth(inertial)
-    W[:, joint, 10 * n + joint] = smooth_a
-    for j in range(n):
-        W[:, j, 11 * n + j * width : 11 * n + (j + 1) * width] = smooth_terms[:, j]
-    return W
+    tau = np.concatenate([motion.one.effort for motion in motions])
+    keep = np.concatenate([motion.one.moving for motion in motions])
+    return Regression(columns, np.concatenate(W), tau, keep, np.concatenate(block))
 
 
 def blocks_of(one: Signals, seconds: float) -> np.ndarray:
