@@ -29,6 +29,8 @@ EXTRAS = {
     "calibrate": [
         "clarabel>=0.9,<1",
         "cvxpy>=1.6,<2",
+        "jinja2>=3.1,<4",
+        "llvmlite>=0.46,<1",
         "matplotlib>=3.9,<4",
         "mcap>=1.2,<2",
         "mcap-ros2-support>=0.5,<1",
@@ -37,6 +39,7 @@ EXTRAS = {
         "pin>=3.4,<5",
         "pyarrow>=17,<27",
         "scipy>=1.13,<2",
+        "torch>=2.6,<3",
     ],
     # There is no CUDA for macOS.
     "cuda": [

@@ -73,6 +73,7 @@ class Fit:
         tree: the arm with its fitted links, rotors and the Coulomb and viscous friction a planner's model has.
         prior: the arm as the model file has it.
         columns, x: all parameters (p,), physically consistent; ``names`` of them.
+        base: (b,) indices of the parameters of links and rotors that were estimated, the others grouped into them.
         known: (p,) share of each parameter's prior variance that the data removed, 0 to 1.
         offset: (n,) torque offset [N·m].
         sd: (n,) residual sd of the training data [N·m].
@@ -88,6 +89,7 @@ class Fit:
     columns: Columns
     names: tuple[str, ...]
     x: np.ndarray
+    base: np.ndarray
     known: np.ndarray
     offset: np.ndarray
     sd: np.ndarray
@@ -173,6 +175,7 @@ class Identification:
             regression.columns,
             names,
             x,
+            free[free < 11 * self.tree.n],
             known,
             offset,
             sd,

@@ -71,15 +71,16 @@ class Motion:
 
     Attributes:
         inertial: (T, n, 10 n) the links' columns, unfiltered.
+        rigid: (T, n, 11 n) links' and rotors' columns, filtered.
     """
 
     def __init__(self, one: Signals, reference: ReferenceDynamics) -> None:
         steps, n = one.q.shape
         self.one, self.inertial = one, reference.regressor(one.q, one.v, one.a)
-        self._rigid = np.zeros((steps, n, 11 * n))
-        self._rigid[:, :, : 10 * n] = one.smooth(self.inertial)
+        self.rigid = np.zeros((steps, n, 11 * n))
+        self.rigid[:, :, : 10 * n] = one.smooth(self.inertial)
         joint = np.arange(n)
-        self._rigid[:, joint, 10 * n + joint] = one.smooth(one.a)
+        self.rigid[:, joint, 10 * n + joint] = one.smooth(one.a)
 
     def terms(self, friction: Friction, links: np.ndarray | None) -> np.ndarray:
         """Return friction's columns (T, n, F), unfiltered; ``links`` (10 n,) say what the joints transmit."""
@@ -91,7 +92,7 @@ class Motion:
         """Return all columns (T, n, p), filtered, friction's of each joint beside the joint's others."""
         steps, n, width = terms.shape
         W = np.zeros((steps, n, (11 + width) * n))
-        W[:, :, : 11 * n] = self._rigid
+        W[:, :, : 11 * n] = self.rigid
         smooth = self.one.smooth(terms)
         for j in range(n):
             W[:, j, 11 * n + j * width : 11 * n + (j + 1) * width] = smooth[:, j]
