@@ -1,0 +1,196 @@
+"""``mbctrl calibrate``: logs in, a parameter file, a model file and a report out."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mbctrl import __version__
+from mbctrl.base.errors import SpecError
+from mbctrl.base.extras import need
+
+console = Console()
+_EXCERPT = re.compile(r"(?P<path>.+):(?P<first>\d+)-(?P<last>\d+)")
+_FAR = 5.0  # extrapolation beyond which a held-out log says little
+
+
+def calibrate(recipe: str, logs: Sequence[str], held_out: Sequence[str], out: Path, command: Sequence[str] | None = None) -> int:
+    """Fit ``recipe`` to ``logs``, judge it on ``held_out`` and write the results into ``out``; return the exit code."""
+    if not logs:
+        raise SpecError("expected at least one log", file="command line", key="LOG")
+    for module in ("torch", "mujoco", "pinocchio", "scipy", "cvxpy", "jinja2", "matplotlib", "pandas"):
+        need(module, "calibrate", "calibrating")
+    from mbctrl.calibrate.recipe import load_recipe
+
+    start = time.perf_counter()
+    spec, file = load_recipe(recipe)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading")
+        outcome = _Work(spec, file, lambda text: progress.update(task, description=text)).run(logs, held_out)
+        progress.update(task, description="writing")
+        seconds = time.perf_counter() - start
+        paths = _write(outcome, out, file, list(command or ["mbctrl", "calibrate", recipe, *logs]), seconds)
+    _screen(outcome, seconds)
+    for path in paths:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    console.print(f"use it: mbctrl run SCENARIO --robot.parameters {paths[0]}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def excerpt(text: str) -> tuple[Path, tuple[int, int] | None]:
+    """Return path and rows of ``LOG`` or ``LOG:FIRST-LAST``."""
+    found = _EXCERPT.fullmatch(text)
+    if found is None or Path(text).is_file():
+        return Path(text), None
+    return Path(found["path"]), (int(found["first"]), int(found["last"]))
+
+
+class _Work:
+    """One calibration, step by step."""
+
+    def __init__(self, recipe: Any, file: Path, advance: Any) -> None:
+        from mbctrl.dynamics.load import load_model
+
+        self.recipe, self.file, self.advance = recipe, file, advance
+        self.model = load_model(recipe.robot, file=file, key="robot")
+        self.recordings: list[Any] = []
+        self.warnings: list[str] = []
+
+    def run(self, logs: Sequence[str], held_out: Sequence[str]) -> _Work:
+        from mbctrl.calibrate.identify import Identification
+        from mbctrl.calibrate.validate import validate_on
+
+        trained, others = [self._read(log) for log in logs], [self._read(log) for log in held_out]
+        self.trained = [recording for recording, _ in trained]
+        self.others = [recording for recording, _ in others]
+        identification = Identification(self.model, self.recipe.fit, self.advance)
+        motions = [identification.motion(signals) for _, signals in trained]
+        self.fit = identification.fit(motions, self._commands(identification) if self._instrumental else ())
+        self.warnings += self.fit.warnings
+        self.advance("validating")
+        self.validations = [("training log", validate_on(self.fit, motions[0], motions))]
+        for recording, signals in others:
+            seen = validate_on(self.fit, identification.motion(signals), motions)
+            self.validations.append((f"held out: {Path(recording.file).name}", seen))
+            if seen.extrapolation > _FAR:
+                self.warnings.append(
+                    f"{Path(recording.file).name} moves in directions the training logs hardly did (leverage "
+                    f"{seen.extrapolation:.1f} times theirs): its errors say little of the model"
+                )
+        return self
+
+    @property
+    def _instrumental(self) -> bool:
+        return self.recipe.fit.estimator == "instrumental"
+
+    def _read(self, log: str) -> tuple[Any, Any]:
+        from mbctrl.calibrate.checks import check_recording, outliers
+        from mbctrl.calibrate.logs import read_recording
+        from mbctrl.calibrate.signals import prepare
+
+        path, rows = excerpt(log)
+        self.advance(f"reading {path.name}")
+        recording = read_recording(path, self.recipe.log, self.model.robot, rows)
+        notes = [*recording.warnings, *check_recording(recording, self.model.robot, self.model.tree)]
+        self.warnings += [note if path.name in note else f"{path.name}: {note}" for note in notes]
+        return recording, prepare(recording, self.recipe.filter, outliers(recording))
+
+    def _commands(self, identification: Any) -> list[Any]:
+        """Return the recordings along the commanded motion, whose columns are the instruments."""
+        from dataclasses import replace
+
+        from mbctrl.calibrate.signals import prepare
+
+        if any(recording.command is None for recording in self.trained):
+            raise SpecError("needs log.command", file=self.file, key="fit.estimator: instrumental")
+        along = [replace(recording, q=recording.command, v=None) for recording in self.trained]
+        return [identification.motion(prepare(recording, self.recipe.filter)) for recording in along]
+
+
+def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: float) -> list[Path]:
+    """Write parameter file, model and report; every one whole or not at all."""
+    from mbctrl.base.parameters import write_parameters
+    from mbctrl.calibrate.report import Report, write_report
+    from mbctrl.calibrate.result import fitted_parameters
+    from mbctrl.dynamics.write import export_mjcf
+
+    out.mkdir(parents=True, exist_ok=True)
+    name = work.model.robot.name
+    provenance = _provenance(work, file, command)
+    parameters = fitted_parameters(work.model, work.fit, provenance)
+    paths = [out / f"{name}_fitted.yaml", out / f"{name}_fitted.xml", out / f"{name}_report.html"]
+    write_parameters(paths[0], parameters)
+    export_mjcf(work.model.robot.model_path, parameters, paths[1])
+    report = Report(
+        title=f"Calibration of {name}",
+        recipe=file.name,
+        robot=name,
+        command=" ".join(command),
+        fit=work.fit,
+        trained=tuple(work.trained),
+        validations=tuple(work.validations),
+        warnings=tuple(work.warnings),
+        provenance=provenance,
+        seconds=seconds,
+    )
+    write_report(paths[2], report)
+    return paths
+
+
+def _provenance(work: _Work, file: Path, command: list[str]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "command": " ".join(command),
+        "recipe": {"file": file.name, **work.recipe.model_dump(mode="json", exclude_unset=True)},
+        "logs": [
+            {
+                "file": Path(one.file).name,
+                "sha256": one.sha256,
+                "samples": len(one.t),
+                "lines": [int(one.lines[0]), int(one.lines[-1])],
+            }
+            for one in (*work.trained, *work.others)
+        ],
+        "versions": {"mbctrl": __version__, "python": sys.version.split()[0], "pin": version("pin"), "mujoco": version("mujoco")},
+    }
+
+
+def _screen(work: _Work, seconds: float) -> None:
+    fit = work.fit
+    label, seen = work.validations[-1]
+    table = Table(title=f"{work.model.robot.name}: {label}, {seconds:.1f} s", title_justify="left")
+    for column in ("joint", "rms [N·m]", "model %", "fit %", "floor %", "armature", "friction", "damping"):
+        table.add_column(column, justify="left" if column == "joint" else "right")
+    for j, joint in enumerate(fit.tree.joints):
+        table.add_row(
+            joint,
+            f"{seen.fit.rms[j]:.3g}",
+            *(f"{100 * values[j]:.1f}" for values in (seen.prior.relative, seen.fit.relative, seen.fit.floor)),
+            *(f"{values[j]:.3g}" for values in (fit.tree.armature, fit.tree.friction, fit.tree.damping)),
+        )
+    console.print(table)
+    mean = [100 * float(np.mean(values)) for values in (seen.prior.relative, seen.fit.relative, seen.fit.floor)]
+    console.print(
+        f"torque not explained: {mean[1]:.1f} % (model file {mean[0]:.1f} %, filtering alone {mean[2]:.1f} %)", highlight=False
+    )
+    if seen.after is not None:
+        parts = [f"{1e3 * error:.1f} mrad at {h:g} s" for h, error in zip(seen.after.horizons, seen.after.total)]
+        before = "" if seen.before is None else f" (model file {1e3 * seen.before.total[1]:.1f} at {seen.before.horizons[1]:g} s)"
+        console.print(f"open loop: {', '.join(parts)}{before}", highlight=False)
+    console.print(f"friction: {fit.friction.name}", highlight=False, soft_wrap=True)
+    for note in work.warnings:
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
