@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from sample_models import model_of, random_states, relative
+from test_kernels import Guarded
+from test_networks import arrays_of, rollout
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import ModelError
@@ -26,8 +29,9 @@ from mbctrl.dynamics.load import load_model
 from mbctrl.kernels import gpu
 from mbctrl.kernels.cuda import COUNTS, SLOTS, required, source
 from mbctrl.kernels.graph import Graph, evaluate, maximum, minimum, where
-from mbctrl.kernels.llvm import Sampling, words
-from mbctrl.kernels.native import Native, Pool
+from mbctrl.kernels.llvm import Lowering, Sampling, words
+from mbctrl.kernels.native import Native, Pool, lanes_of
+from mbctrl.kernels.network import Network, offsets
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
@@ -107,9 +111,26 @@ def on_host(job: Job, dtype: type, host: Any, without: tuple[str, ...] = (), ext
     return arrays
 
 
+def on_processor(job: Job, dtype: type, folder: Path) -> dict[str, np.ndarray]:
+    """Roll a job out with the processor's kernel."""
+    try:
+        native = Native(job.program, dtype, job.sampling, folder)
+    except ModelError as error:
+        pytest.skip(str(error))
+    arrays = job.copy(dtype)
+    slots = {name: array.ctypes.data for name, array in arrays.items() if name != "key"}
+    Pool(1).run(native, words(blocks=native.blocks(N), samples=N, steps=H, fixed=job.fixed, seed=SEED, draw=DRAW, **slots))
+    return arrays
+
+
 def reference(job: Job) -> dict[str, np.ndarray]:
     """Roll a job out with numpy in float64."""
     program, a = job.program, job.copy(np.float64)
+    starts = offsets(program.networks)
+
+    def network(k: int, gate: Any, inputs: list[Any]) -> np.ndarray:
+        return program.networks[k].values(a["weights"][starts[k] : starts[k + 1]], gate, inputs)
+
     commands = a.get("commands")
     if job.sampling is not None:
         if job.sampling.draws:
@@ -121,11 +142,11 @@ def reference(job: Job) -> dict[str, np.ndarray]:
             a["knots"] = np.clip(drawn, a["lower"][:, None], a["upper"][:, None])
         commands = np.clip(np.einsum("hk,kjn->hjn", a["basis"], a["knots"]), a["lower"][:, None], a["upper"][:, None])
     read = {"uniform": lambda i: a["uniform"][i], "sample": lambda i: a["sample"][i], "start": lambda i: a["start"][i]}
-    carried = evaluate(program.graph, list(program.first), lambda kind, i: read[kind](i))
+    carried = evaluate(program.graph, list(program.first), lambda kind, i: read[kind](i), network)
     states = [np.array([np.broadcast_to(x, N) for x in carried[: program.states]])]
     for step in range(H):
         at = {"carry": lambda i: carried[i], "command": lambda j: commands[step, j], "table": lambda i: a["table"][step, i], **read}
-        carried = evaluate(program.graph, list(program.following), lambda kind, i: at[kind](i))
+        carried = evaluate(program.graph, list(program.following), lambda kind, i: at[kind](i), network)
         states.append(np.array([np.broadcast_to(x, N) for x in carried[: program.states]]))
     cost = carried[program.cost] if program.cost is not None else a["cost"]
     return a | {"states": np.array(states), "cost": cost}
@@ -201,6 +222,105 @@ def every_operation() -> Job:
     return Job(program, None, {name: rng.uniform(0.5, 1.5, shape) for name, shape in shapes.items()})
 
 
+@cache
+def two_networks() -> Job:
+    """A rollout that calls two networks: one from two places, the other once for all steps and once in vain."""
+    g, shapes = Graph(), (Network((2, 5, 2), "tanh"), Network((1, 4, 3), "relu"))
+    x, y, s = g.input("carry", 0), g.input("carry", 1), g.input("sample", 0)
+    held = g.network(1, shapes[1], [s], 2.0)
+    a = g.network(0, shapes[0], [x, y * 2], where(x < y, 1.0, 0.25))
+    b = g.network(0, shapes[0], [a[0], held[2]], s)
+    g.network(1, shapes[1], [x], y)
+    first, following = (g.input("start", 0), held[0] * 0.1), (a[1] + b[0], b[1] * held[1])
+    sizes = {"table": 0, "uniform": 0, "sample": 1}
+    program = Program(g, 2, 0, tuple(map(g.operand, first)), tuple(map(g.operand, following)), None, sizes, shapes)
+    rng = np.random.default_rng(6)
+    arrays = {"start": rng.normal(size=(2, N)), "commands": np.zeros((H, 0, N)), "sample": rng.normal(size=(1, N))}
+    arrays["sample"][0, ::5] = 0.0
+    return Job(
+        Program.from_dict(json.loads(json.dumps(program.to_dict()))),
+        None,
+        arrays | {"weights": rng.normal(size=offsets(shapes)[-1])},
+    )
+
+
+def learned_job(activation: str) -> Job:
+    """A network of two hidden layers that feeds the state; gates of each sample and step, some 0 and some below."""
+    program = rollout((21, 96, 96, 14), activation)
+    arrays = arrays_of(program, H, N, keep=0.5)
+    arrays["sample"][0] = np.arange(N) % 4 / 4.0
+    arrays["table"][:, 0] = np.arange(H) % 3 - 0.5
+    return Job(program, None, arrays)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+@pytest.mark.parametrize("which", ["two", "tanh", "silu", "relu"])
+def test_networks_match_the_reference_and_the_processor(host: Any, which: str, dtype: type, bound: float, tmp_path: Path) -> None:
+    job = two_networks() if which == "two" else learned_job(which)
+    found, other, expected = on_host(job, dtype, host), on_processor(job, dtype, tmp_path), reference(job)
+    errors = [relative(one["states"], expected["states"]) for one in (found, other)]
+    print(np.dtype(dtype), which, errors, relative(found["states"], other["states"]))
+    assert max(errors) < bound and relative(found["states"], other["states"]) < bound
+    assert "weights" in required(job.program, None)
+
+
+def test_a_network_is_computed_where_its_gate_is_not_zero_and_only_there(host: Any) -> None:
+    job = learned_job("silu")
+    job.arrays["sample"][0, 3] = np.nan
+    job.arrays["weights"][:] = np.nan
+    states, spoilt = on_host(job, np.float32, host)["states"], np.arange(N) == 3
+    gates = job.arrays["table"][:2] * job.arrays["sample"]  # the first step's: none above zero
+    assert (gates[0, ~spoilt] <= 0).all() and (gates[1] > 0).any() and (gates[1] == 0).any()
+    for k, gate in enumerate(gates):
+        on = (gate > 0) | spoilt
+        assert np.isnan(states[k + 1][:, on]).all() and np.array_equal(states[k + 1][:, ~on], 0.5 * states[k][:, ~on])
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "relu"])
+def test_an_input_that_is_no_number_is_seen_in_its_sample_only(host: Any, activation: str) -> None:
+    job = learned_job(activation)
+    job.arrays["sample"][:] = np.where(np.arange(N) % 2, 1.0, -1.0)
+    job.arrays["table"][:] = 1.0
+    good = on_host(job, np.float32, host)["states"][1]
+    job.arrays["commands"][0, 2, [4, 5]] = np.nan  # only in the second the network is on
+    found = on_host(job, np.float32, host)["states"][1]
+    assert np.isnan(found[:, 5]).all() and np.array_equal(np.delete(found, 5, 1), np.delete(good, 5, 1))
+
+
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_a_layer_keeps_to_its_rows(host: Any, rows: int) -> None:
+    text = source(learned_job("silu").program, np.float64).replace("KERNEL rollout(", "KERNEL unused(")
+    layer = host(
+        f"{text}KERNEL rollout(word w, word columns, word rows, word x, word y) {{\n"
+        "  layer((const real*)w, (int)columns, (int)rows, (const real*)x, (real*)y);\n}\n"
+    )
+    rng = np.random.default_rng(rows)
+    matrix, bias, x, y = rng.normal(size=(rows, 5)), rng.normal(size=rows), rng.normal(size=5), Guarded((rows,), np.dtype(float), 0)
+    weights = np.concatenate([matrix.ravel(), bias])
+    given = [weights.ctypes.data, 5, rows, x.ctypes.data, y.array.ctypes.data]
+    layer(*given, *[0] * (len(SLOTS) + 1 - len(given)))
+    assert y.intact() and np.abs(y.array - (matrix @ x + bias)).max() < 1e-14
+
+
+def test_calls_are_counted_held_where_nothing_varies_and_left_out_where_unused() -> None:
+    program = two_networks().program
+    assert program.operations == {"less": 1, "select": 1, "mul": 2, "add": 1, "network": 3}
+    assert program.operation_count == 5 + 2 * (2 * 20 + 7) + (2 * 16 + 7)
+    before, loop = Lowering(program, lanes_of(np.float64), None).text().split("\nloop:\n")
+    assert before.count(".done:") == 1 and loop.count(".done:") == 2
+    before, loop = source(program)[source(program).index("rollout(") :].split("for (word step")
+    assert before.count("real here[") == 1 and loop.count("real here[") == 2
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_networks_compile(nvrtc: Any, dtype: type, arch: str) -> None:
+    for job in (learned_job("silu"), two_networks()):
+        found = gpu.usage(source(job.program, dtype), arch)
+        print(arch, np.dtype(dtype), found)
+        assert found.registers <= 255 and found.spill_stores + found.spill_loads <= 64
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-13), (np.float32, 2e-6)])
 def test_every_operation_matches_the_reference(host: Any, dtype: type, bound: float) -> None:
     job = every_operation()
@@ -230,13 +350,7 @@ def test_candidates_and_costs_match_the_reference(host: Any, draws: bool, colour
 
 def test_it_is_the_processors_kernel(host: Any, tmp_path: Path) -> None:
     job = task_job()
-    try:
-        native = Native(job.program, np.float32, job.sampling, tmp_path)
-    except ModelError as error:
-        pytest.skip(str(error))
-    found, other = on_host(job, np.float32, host), job.copy(np.float32)
-    slots = {name: array.ctypes.data for name, array in other.items() if name != "key"}
-    Pool(1).run(native, words(blocks=native.blocks(N), samples=N, steps=H, fixed=job.fixed, seed=SEED, draw=DRAW, **slots))
+    found, other = on_host(job, np.float32, host), on_processor(job, np.float32, tmp_path)
     for name in ("knots", "states", "cost"):
         assert relative(found[name], other[name]) < 2e-5, name
 
@@ -392,8 +506,9 @@ def test_a_launch_covers_all_samples_and_passes_its_arguments(host: Any, monkeyp
 
 @pytest.mark.skipif(not has_gpu(), reason="no GPU")
 @pytest.mark.parametrize("captured", [False, True])
-def test_on_a_gpu_it_matches_the_reference(tmp_path: Path, captured: bool) -> None:
-    job = task_job()
+@pytest.mark.parametrize("job", [task_job, two_networks, lambda: learned_job("silu")])
+def test_on_a_gpu_it_matches_the_reference(tmp_path: Path, captured: bool, job: Callable[[], Job]) -> None:
+    job = job()
     kernel = gpu.GpuKernel(job.program, np.float32, job.sampling, folder=tmp_path)
     tensors = {name: torch.from_numpy(array).cuda() for name, array in job.copy(np.float32).items()}
 
@@ -410,7 +525,7 @@ def test_on_a_gpu_it_matches_the_reference(tmp_path: Path, captured: bool) -> No
         launch()
     torch.cuda.synchronize()
     expected = reference(job)
-    for name in ("knots", "states", "cost"):
+    for name in ("knots", "states", "cost") if job.sampling else ("states",):
         assert relative(tensors[name].cpu().numpy(), expected[name]) < 5e-5, name
 
 

@@ -9,13 +9,14 @@ import math
 
 import numpy as np
 
+from mbctrl.kernels import network_cuda
 from mbctrl.kernels.llvm import Sampling
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import COSINE, FARTHEST, SINE, half_pi
 
 # Arguments of ``rollout`` in order, 64 bits each: counts, then addresses; unused ones are 0. Shapes as in ``llvm.SLOTS``.
 COUNTS = ("samples", "steps", "fixed")  # N; H; knots of the first so many samples are given
-READ = ("start", "commands", "table", "uniform", "sample", "basis", "mean", "spread", "lower", "upper")
+READ = ("start", "commands", "table", "uniform", "sample", "basis", "mean", "spread", "lower", "upper", "weights")
 WRITTEN = ("knots", "cost", "states")
 KEY = "key"  # (2,) int64: seed and draw; in memory, so that a captured launch draws anew when it is replayed
 SLOTS = (*COUNTS, *READ, *WRITTEN, KEY)
@@ -145,6 +146,7 @@ def required(program: Program, sampling: Sampling | None) -> tuple[str, ...]:
     names += [kind for kind in ("table", "uniform", "sample") if program.sizes.get(kind)]
     names += ["commands"] if sampling is None else ["basis", "knots", "lower", "upper"]
     names += ["mean", "spread", KEY] if sampling is not None and sampling.draws else []
+    names += ["weights"] if program.networks else []
     return (*names, *(["cost"] if program.cost is not None else []))
 
 
@@ -178,6 +180,7 @@ class CudaLowering:
         head = _PRELUDE + (_SINE_COSINE_32 if single else _SINE_COSINE_64)
         if self.sampling and self.sampling.draws:
             head += _NORMALS
+        head += network_cuda.functions(self.program.networks)
         rest = "x"
         for part in half_pi(self.dtype.itemsize * 8):
             rest = f"FMA(turns, {self.number(-part)}, {rest})"
@@ -298,6 +301,13 @@ class CudaLowering:
                 found = self.number(rest[0])
             elif name == "input":
                 found = self._put(f"v{index}", self._input(*rest))
+            elif name == "network":
+                found = f"net{index}"
+                gate, *inputs = map(self._value, rest[1:])
+                for line in network_cuda.call(found, self.program.networks, rest[0], gate, inputs):
+                    self._do(line)
+            elif name == "output":
+                found = self._put(f"v{index}", f"{self._value(rest[0])}[{rest[1]}]")
             elif name in ("sin", "cos"):
                 found = self._sine_cosine(rest[0])[name]
             else:

@@ -13,16 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from mbctrl.kernels.network import Network
+
 BINARY = ("add", "sub", "mul", "div", "min", "max", "less")
 UNARY = ("neg", "sqrt", "sin", "cos", "exp", "abs")
 OPERATIONS = (*BINARY, *UNARY, "select")
-_FREE = ("const", "input", "neg")
+_FREE = ("const", "input", "neg", "output")
+
+
+def operands(key: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the nodes that the node ``key`` is computed from."""
+    start, stop = {"const": (0, 0), "input": (0, 0), "network": (2, None), "output": (1, 2)}.get(key[0], (1, None))
+    return key[start:stop]
 
 
 class Graph:
     """Nodes in the order they were made: ``("const", value)``, ``("input", kind, index)`` or ``(operation, *operands)``.
 
-    Operands are indices of earlier nodes. Equal nodes are one node.
+    Operands are indices of earlier nodes. Equal nodes are one node. For calls of networks see ``mbctrl.kernels.network``.
     """
 
     def __init__(self) -> None:
@@ -41,6 +49,28 @@ class Graph:
         """Return the input ``index`` of a kind."""
         return Scalar(self, self.node("input", kind, index))
 
+    def network(self, k: int, network: Network, inputs: Iterable[Any], gate: Any = 1.0) -> np.ndarray:
+        """Return the outputs (outputs,) of the program's network ``k``: 0 where ``gate`` is 0 or less, else gate times them.
+
+        Machine code skips a network's layers where no sample of a block has a gate above 0.
+
+        Args:
+            k, network: which of the program's networks it will be, and its shape.
+            inputs: (inputs,) Scalars or numbers.
+            gate: Scalar or number.
+
+        Errors:
+            ValueError: for another count of inputs than the network's.
+        """
+        inputs = list(inputs)
+        if len(inputs) != network.inputs:
+            raise ValueError(f"expected {network.inputs} inputs, found {len(inputs)}")
+        out = np.full(network.outputs, 0.0, dtype=object)
+        if isinstance(gate, Scalar) or not gate <= 0:
+            call = self.node("network", k, self.operand(gate), *map(self.operand, inputs))
+            out[:] = [Scalar(self, self.node("output", call, i)) for i in range(network.outputs)]
+        return out
+
     def operand(self, value: Any) -> int:
         """Return the node of a Scalar or a number."""
         return value.index if isinstance(value, Scalar) else self.node("const", float(value))
@@ -53,8 +83,7 @@ class Graph:
             if index in seen:
                 continue
             seen.add(index)
-            if self.nodes[index][0] not in ("const", "input"):
-                stack.extend(self.nodes[index][1:])
+            stack.extend(operands(self.nodes[index]))
         return sorted(seen)
 
     def count(self, outputs: Iterable[int]) -> dict[str, int]:
@@ -256,29 +285,37 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return a if first == second else condition._make("select", condition.index, first, second)
 
 
-def evaluate(graph: Graph, outputs: list[int], inputs: Callable[[str, int], Any]) -> list[Any]:
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "less": np.less,
+    "neg": np.negative,
+    "sqrt": np.sqrt,
+    "sin": np.sin,
+    "cos": np.cos,
+    "exp": np.exp,
+    "abs": np.abs,
+    "select": np.where,
+    "max": lambda a, b: np.where(a > b, a, b),
+    "min": lambda a, b: np.where(a < b, a, b),
+}
+
+
+def evaluate(
+    graph: Graph,
+    outputs: list[int],
+    inputs: Callable[[str, int], Any],
+    networks: Callable[[int, Any, list[Any]], Any] | None = None,
+) -> list[Any]:
     """Return the values of ``outputs`` with numpy: the reference every lowering is held against.
 
     Args:
         graph, outputs: what to compute.
         inputs: value of an input of a kind and index; numbers or arrays.
+        networks: outputs of network k for a gate and inputs, as ``Network.values``; None: the graph calls none.
     """
-    table: dict[str, Callable[..., Any]] = {
-        "add": np.add,
-        "sub": np.subtract,
-        "mul": np.multiply,
-        "div": np.divide,
-        "less": np.less,
-        "neg": np.negative,
-        "sqrt": np.sqrt,
-        "sin": np.sin,
-        "cos": np.cos,
-        "exp": np.exp,
-        "abs": np.abs,
-        "select": np.where,
-        "max": lambda a, b: np.where(a > b, a, b),
-        "min": lambda a, b: np.where(a < b, a, b),
-    }
     values: dict[int, Any] = {}
     for index in graph.needed(outputs):
         name, *rest = graph.nodes[index]
@@ -286,8 +323,12 @@ def evaluate(graph: Graph, outputs: list[int], inputs: Callable[[str, int], Any]
             values[index] = rest[0]
         elif name == "input":
             values[index] = inputs(*rest)
+        elif name == "network":
+            values[index] = networks(rest[0], values[rest[1]], [values[i] for i in rest[2:]])
+        elif name == "output":
+            values[index] = values[rest[0]][rest[1]]
         else:
-            values[index] = table[name](*(values[i] for i in rest))
+            values[index] = _NUMPY[name](*(values[i] for i in rest))
     return [values[index] for index in outputs]
 
 

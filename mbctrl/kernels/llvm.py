@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mbctrl.kernels.network_llvm import NetworkWriter, scratch
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.vector import Lanes, Writer
 
@@ -32,6 +34,7 @@ SLOTS = (
     "fixed",  # knots of the first so many samples are given
     "seed",
     "draw",
+    "weights",  # of all networks, one after another: for each layer W (out, in), then b (out,); read if there are any
 )
 _X86 = [
     "declare void @llvm.x86.sse2.pause()",
@@ -73,16 +76,20 @@ class Lowering:
         self.program, self.lanes, self.sampling, self.x86 = program, lanes, sampling, x86
         self.w = Writer(lanes)
         self.live = program.live
-        self._values: dict[int, str] = {}
+        self._values: dict[int, Any] = {}  # names; of a network's call those of its outputs
 
     def text(self) -> str:
         """Return the module's IR."""
         lanes, w = self.lanes, self.w
         align = lanes.bits // 8 * lanes.width
         w.label("entry")
-        self.slots = {name: self._slot(name) for name in SLOTS[2:]}
+        networks = self.program.networks
+        self.slots = {name: self._slot(name) for name in SLOTS[2:] if networks or name != "weights"}
         rows = self.sampling.knots * self.program.commands if self.sampling else 1
         w.do(f"%local = alloca [{rows} x {lanes.vector}], align {align}")
+        if networks:
+            w.do(f"%layers = alloca [{scratch(networks)} x {lanes.vector}], align {align}")
+            self._networks = NetworkWriter(w, networks, self.slots["weights"], "%layers")
         w.do("%next = getelementptr i64, ptr %job, i64 0")
         w.do("%finished = getelementptr i64, ptr %job, i64 1")
         self.last = w.put(f"sub i64 {self.slots['samples']}, {lanes.width}")
@@ -259,8 +266,8 @@ class Lowering:
             w.do("call void @llvm.x86.sse.ldmxcsr(ptr %control)")
         w.do("ret void")
 
-    def _value(self, index: int) -> str:
-        """Return the name of a node's value, written now if it is not yet."""
+    def _value(self, index: int) -> Any:
+        """Return the name of a node's value, written now if it is not yet; of a network's call, its outputs' names."""
         found = self._values.get(index)
         if found is None:
             name, *rest = self.program.graph.nodes[index]
@@ -268,6 +275,10 @@ class Lowering:
                 found = self.lanes.number(rest[0])
             elif name == "input":
                 found = self._input[rest[0]](rest[1])
+            elif name == "network":
+                found = self._networks.call(f"net{index}", rest[0], self._value(rest[1]), [self._value(i) for i in rest[2:]])
+            elif name == "output":
+                found = self._value(rest[0])[rest[1]]
             else:
                 found = getattr(self.w, name)(*(self._value(i) for i in rest))
             self._values[index] = found

@@ -20,7 +20,7 @@ import numpy as np
 
 from mbctrl.base.errors import ModelError
 from mbctrl.kernels import llvm as lowering
-from mbctrl.kernels import vector
+from mbctrl.kernels import network, network_llvm, vector
 from mbctrl.kernels.cache import cache_folder, read, write
 from mbctrl.kernels.llvm import SLOTS, Lowering, Sampling
 from mbctrl.kernels.program import Program
@@ -57,7 +57,7 @@ def host() -> tuple[str, str, int]:
 def _lowering() -> str:
     """Return the hash of the code that lowers, so that no code of an older lowering is taken from the cache."""
     return hashlib.sha256(
-        b"".join(Path(module.__file__).read_bytes() for module in (lowering, vector, sys.modules[__name__]))
+        b"".join(Path(m.__file__).read_bytes() for m in (lowering, network, network_llvm, vector, sys.modules[__name__]))
     ).hexdigest()
 
 

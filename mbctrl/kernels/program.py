@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mbctrl.kernels.graph import OPERATIONS, Graph
+from mbctrl.kernels.graph import OPERATIONS, Graph, operands
+from mbctrl.kernels.network import Network, check_calls
 
 KINDS = ("start", "carry", "command", "table", "uniform", "sample")
 """Inputs: ``start`` the state at the start; ``carry`` what the last step left; ``command`` the step's command; ``table`` a
@@ -29,6 +30,10 @@ class Program:
         following: for each its node after a step; the first nx are the state.
         cost: index of the carried value that is the rollout's cost, or None.
         sizes: how many inputs there are of each of the kinds table, uniform and sample.
+        networks: what the graph calls; their weights, given at run time, follow each other in this order.
+
+    Errors:
+        ValueError: where a call in the graph does not fit the networks.
     """
 
     graph: Graph
@@ -38,6 +43,10 @@ class Program:
     following: tuple[int, ...]
     cost: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    networks: tuple[Network, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_calls(self.graph.nodes, (*self.first, *self.following), self.networks)
 
     @cached_property
     def live(self) -> tuple[int, ...]:
@@ -57,23 +66,25 @@ class Program:
     def varying(self) -> frozenset[int]:
         """The nodes that differ from step to step; the others are computed once."""
         out: set[int] = set()
-        for index, (name, *rest) in enumerate(self.graph.nodes):
-            if name == "input":
-                if rest[0] in ("carry", "command", "table"):
+        for index, key in enumerate(self.graph.nodes):
+            if key[0] == "input":
+                if key[1] in ("carry", "command", "table"):
                     out.add(index)
-            elif name != "const" and any(i in out for i in rest):
+            elif any(i in out for i in operands(key)):
                 out.add(index)
         return frozenset(out)
 
     @cached_property
     def operations(self) -> dict[str, int]:
-        """How many operations of each name a step takes."""
+        """How many operations of each name a step takes; of networks, how many calls."""
         return self.graph.count(self.following[k] for k in self.live)
 
     @property
     def operation_count(self) -> int:
-        """How many operations a step takes."""
-        return sum(self.operations.values())
+        """How many operations a step takes, those inside its networks included."""
+        nodes = self.graph.nodes
+        calls = [nodes[i][1] for i in self.graph.needed(self.following[k] for k in self.live) if nodes[i][0] == "network"]
+        return sum(self.operations.values()) - len(calls) + sum(self.networks[k].operations for k in calls)
 
     @cached_property
     def digest(self) -> str:
@@ -86,9 +97,15 @@ class Program:
         place = {index: i for i, index in enumerate(used)}
         nodes = []
         for index in used:
-            name, *rest = self.graph.nodes[index]
-            nodes.append([name, *rest] if name in ("const", "input") else [name, *(place[i] for i in rest)])
-        return {
+            key = self.graph.nodes[index]
+            moved = [place[i] for i in operands(key)]
+            if key[0] in ("const", "input"):
+                nodes.append([*key])
+            elif key[0] == "network":
+                nodes.append([*key[:2], *moved])
+            else:
+                nodes.append([key[0], *moved, *key[1 + len(moved) :]])
+        data = {
             "nodes": nodes,
             "states": self.states,
             "commands": self.commands,
@@ -97,18 +114,20 @@ class Program:
             "cost": self.cost,
             "sizes": dict(self.sizes),
         }
+        return data | ({"networks": [network.to_dict() for network in self.networks]} if self.networks else {})
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Program:
         """Return the program ``to_dict`` described, every index checked: machine code made from it reads what they say.
 
         Errors:
-            ValueError: for an unknown operation or input, or an index that is out of range.
+            ValueError: for an unknown operation, input or network, or an index that is out of range.
         """
         try:
             states, commands, cost = int(data["states"]), int(data["commands"]), data["cost"]
             first, following = tuple(data["first"]), tuple(data["following"])
             sizes = {kind: int(data["sizes"].get(kind, 0)) for kind in ("table", "uniform", "sample")}
+            networks = tuple(map(Network.from_dict, data.get("networks", ())))
             limits = {"start": states, "carry": len(first), "command": commands, **sizes}
             graph = Graph()
             for i, (name, *rest) in enumerate(data["nodes"]):
@@ -122,7 +141,7 @@ class Program:
             raise ValueError("the carried values do not match the nodes")
         if not 0 <= states <= carried or not (cost is None or _within(cost, carried)):
             raise ValueError(f"{states} states and cost {cost!r} do not fit {carried} carried values")
-        program = Program(graph, states, commands, first, following, cost, sizes)
+        program = Program(graph, states, commands, first, following, cost, sizes, networks)
         if any(kind not in ("start", "uniform", "sample") for kind, _ in program._inputs(first)):
             raise ValueError("what is carried at first depends on what only a step has")
         return program
@@ -142,6 +161,11 @@ def _checked(i: int, name: Any, rest: list[Any], limits: dict[str, int]) -> tupl
         if kind not in limits or not _within(index, limits[kind]):
             raise ValueError(f"node {i}: unknown input {rest}; known: {limits}")
         return name, kind, index
+    if name in ("network", "output"):  # whether call, network and output fit is the program's to check
+        whole = len(rest) >= 2 and all(type(k) is int for k in rest) and (name == "network" or len(rest) == 2)
+        if not whole or not all(_within(k, i) for k in operands((name, *rest))):
+            raise ValueError(f"node {i}: not {'a call' if name == 'network' else 'an output'} of earlier nodes: {rest}")
+        return name, *rest
     if name not in OPERATIONS or len(rest) != _ARITY.get(name, 2):
         raise ValueError(f"node {i}: unknown operation {name!r} of {len(rest)} operands")
     if not all(_within(k, i) for k in rest):
