@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
-import pinocchio as pin
 from scipy.stats import norm
 
 from mbctrl.base.errors import suggest
@@ -32,7 +31,7 @@ from mbctrl.calibrate.regression import (
 )
 from mbctrl.calibrate.signals import CalibrationError, Signals
 from mbctrl.dynamics.load import Model
-from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters
+from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters, with_links
 from mbctrl.dynamics.tree import RigidTree
 
 _SPEEDS = np.array([0.0, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8])  # share of the fastest seen, where friction may not push
@@ -166,8 +165,11 @@ class Identification:
         )
         known = self._known(data, regression.columns, sd, x, free)
         coulomb, viscous, offset = self._equivalent(regression.columns, x, motions)
-        tree = fitted_tree(
-            self.tree, x[regression.columns.inertial].reshape(-1, 10), x[regression.columns.armature], viscous, coulomb
+        tree = replace(
+            with_links(self.tree, x[regression.columns.inertial].reshape(-1, 10)),
+            armature=np.maximum(x[regression.columns.armature], 0.0),
+            damping=viscous,
+            friction=coulomb,
         )
         return Fit(
             tree,
@@ -346,20 +348,6 @@ class Identification:
         if not kept:
             return ()
         return (f"{len(kept)} of {len(links)} link parameters are not identified by this log and stay near the model's",)
-
-
-def fitted_tree(tree: RigidTree, links: np.ndarray, armature: np.ndarray, damping: np.ndarray, friction: np.ndarray) -> RigidTree:
-    """Return ``tree`` with other links (n, 10), rotors, viscous damping and Coulomb friction (n,)."""
-    bodies = [pin.Inertia.FromDynamicParameters(link) for link in links]
-    return replace(
-        tree,
-        mass=np.array([body.mass for body in bodies]),
-        com=np.stack([body.lever for body in bodies]),
-        inertia=np.stack([body.inertia for body in bodies]),
-        armature=np.maximum(armature, 0.0),
-        damping=damping,
-        friction=friction,
-    )
 
 
 def held(data: Grams, fixed: dict[int, float]) -> Grams:

@@ -6,6 +6,8 @@ no ``<inertial>``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mujoco
 import numpy as np
 import pinocchio as pin
@@ -84,6 +86,17 @@ class ReferenceDynamics:
 def link_parameters(tree: RigidTree) -> np.ndarray:
     """Return the ten parameters of each link (n, 10) in the order of ``ReferenceDynamics.regressor``."""
     return np.stack([pin.Inertia(m, c, i).toDynamicParameters() for m, c, i in zip(tree.mass, tree.com, tree.inertia)])
+
+
+def with_links(tree: RigidTree, links: np.ndarray) -> RigidTree:
+    """Return ``tree`` with other links: the inverse of ``link_parameters``, (n, 10)."""
+    bodies = [pin.Inertia.FromDynamicParameters(link) for link in links]
+    return replace(
+        tree,
+        mass=np.array([body.mass for body in bodies]),
+        com=np.stack([body.lever for body in bodies]),
+        inertia=np.stack([body.inertia for body in bodies]),
+    )
 
 
 def self_check(mj: mujoco.MjModel, tree: RigidTree, source: str, states: int = 3) -> float:
