@@ -48,6 +48,7 @@ class Signal(Spec):
     """One value a joint, in the robot's joint order: ``matrix @ (factor of unit * sign * column) + offset``.
 
     ``matrix`` (n, n) undoes couplings and gear ratios, for logs taken on the motors' side; ``offset`` (n,) is in SI units.
+    Of an effort logged as a current all of this is done in amperes, and the gains are applied to the result.
     """
 
     columns: tuple[ColumnName, ...]
@@ -60,19 +61,30 @@ class Signal(Spec):
     def _known(self) -> Signal:
         if self.unit not in UNITS:
             raise ValueError(f"unit: expected one of {', '.join(UNITS)}, found {self.unit!r}")
+        twice = next((column for i, column in enumerate(self.columns) if column in self.columns[:i]), None)
+        if twice is not None:
+            raise ValueError(f"columns: {twice!r} appears twice")
+        lengths = {"sign": self.sign, "matrix": self.matrix, "offset": self.offset}
+        lengths |= {f"matrix[{i}]": row for i, row in enumerate(self.matrix or ())}
+        for key, value in lengths.items():
+            if value is not None and len(value) != len(self.columns):
+                raise ValueError(f"{key}: expected {len(self.columns)} values, one a column, found {len(value)}")
         return self
 
 
 class LogSpec(Spec):
     """How a log is read.
 
-    ``header``: the first line names the columns (CSV). ``topic``: of JointState messages (MCAP), whose columns are joint
-    names. ``rate`` [Hz] is the nominal one; it stands for the stamps where ``time`` is absent. ``gains`` [N·m/A] turn
-    currents into torques, one a joint. ``largest_gap`` [s]: longer silences split the log.
+    ``header``: the first line names the columns (CSV). ``width``: how many columns a line has (CSV); absent, as many as the
+    first one. ``delimiter``: one character; a space stands for any blanks. ``topic``: of JointState messages (MCAP), whose
+    columns are joint names and whose time is ``stamp`` (the message's own) or ``log_time`` (the recorder's). ``rate`` [Hz]
+    is the nominal one; it stands for the stamps where ``time`` is absent. ``gains`` [N·m/A] turn currents into torques, one
+    a joint. ``largest_gap`` [s]: longer silences split the log; absent, five sampling periods.
     """
 
     header: bool = True
-    delimiter: str = ","
+    width: Annotated[int, Field(ge=1, strict=True)] | None = None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     topic: str | None = None
     time: TimeColumn | None = None
     rate: Positive | None = None  # [Hz]
