@@ -141,7 +141,7 @@ class _Bench:
         """Return 1 for each broken log that is refused by line and column."""
         narrow = self.recipe.log.model_dump(exclude_unset=True)
         # The columns this log does have: its garbage rows are what is left to find.
-        narrow |= {"velocity": None, "effort": {"columns": tuple(range(8, 14)), "unit": "A"}}
+        narrow |= {"width": None, "velocity": None, "effort": {"columns": tuple(range(8, 14)), "unit": "A"}}
         out = []
         for name, spec in (("too few columns", self.recipe.log), ("garbage rows", LogSpec.model_validate(narrow))):
             try:

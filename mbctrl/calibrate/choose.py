@@ -52,6 +52,7 @@ def choose(
         singles = [Friction((term,), memory, length or 2e-4, speed or 1.0) for term, speed in atoms]
         W = [motion.equations(np.concatenate([motion.terms(one, first[: 10 * n]) for one in singles], -1)) for motion in motions]
         data = grams(stacked(motions, W, Columns(n, group[0]), 1.0))
+        data = data.merged(np.arange(len(data)) * _FOLDS // len(data))
         for family in group:
             terms = np.array([atoms.index(atom) for atom in _atoms(family)])
             columns = np.concatenate([base, *(11 * n + j * len(atoms) + terms for j in range(n))])
@@ -65,10 +66,10 @@ def _atoms(family: Friction) -> list[tuple[str, float]]:
 
 
 def _held_out(data: Grams, sd: np.ndarray) -> tuple[float, float]:
-    folds = np.arange(len(data)) * _FOLDS // len(data)
+    """Return mean and sd over the folds, which are the blocks."""
     errors = []
-    for fold in range(_FOLDS):
-        x = solve(data[folds != fold], sd)
-        left, all_of_it = squares(data[folds == fold], x).sum(0), data.s[folds == fold].sum(0)
-        errors.append(np.sqrt(left / all_of_it).mean())
+    for fold in range(len(data)):
+        one = np.arange(len(data)) == fold
+        x = solve(data[~one], sd)
+        errors.append(np.sqrt(squares(data[one], x)[0] / data.s[fold]).mean())
     return float(np.mean(errors)), float(np.std(errors))

@@ -151,6 +151,11 @@ class Grams:
         """Return the same with some of the columns."""
         return Grams(self.G[:, :, columns[:, None], columns], self.g[:, :, columns], self.s, self.count)
 
+    def merged(self, group: np.ndarray) -> Grams:
+        """Return sums over the blocks that share a number in ``group`` (B,), 0 upward."""
+        rows = [group == number for number in range(group.max() + 1)]
+        return Grams(*(np.stack([part[row].sum(0) for row in rows]) for part in (self.G, self.g, self.s, self.count)))
+
     def __len__(self) -> int:
         return len(self.count)
 
@@ -167,17 +172,23 @@ def grams(regression: Regression) -> Grams:
     return Grams(*(np.stack(parts) for parts in zip(*found)))
 
 
-def solve(data: Grams, sd: np.ndarray, share: np.ndarray | None = None) -> np.ndarray:
+def solve(data: Grams, sd: np.ndarray) -> np.ndarray:
     """Return the weighted least-squares estimate (p,), of least norm where the data do not decide.
 
     Args:
         data: Gram matrices.
         sd: (n,) noise of each joint [N·m].
-        share: (B,) weight of each block; None: one each.
     """
-    weight = np.ones(len(data)) if share is None else share
-    A = np.einsum("b,bnpq,n->pq", weight, data.G, 1 / sd**2, optimize=True)
-    b = np.einsum("b,bnp,n->p", weight, data.g, 1 / sd**2, optimize=True)
+    A, b = _weighed(data, sd)
+    return _solved(A.sum(0), b.sum(0))
+
+
+def _weighed(data: Grams, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return W'W (B, p, p) and W'tau (B, p) of each block in units of the noise."""
+    return np.einsum("bnpq,n->bpq", data.G, 1 / sd**2), np.einsum("bnp,n->bp", data.g, 1 / sd**2)
+
+
+def _solved(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     scale = np.sqrt(np.diag(A))
     scale[scale == 0] = 1.0
     values, vectors = np.linalg.eigh(A / np.outer(scale, scale))
@@ -187,15 +198,16 @@ def solve(data: Grams, sd: np.ndarray, share: np.ndarray | None = None) -> np.nd
 
 def squares(data: Grams, x: np.ndarray) -> np.ndarray:
     """Return the sum of squared residuals (B, n) [(N·m)²] of an estimate."""
-    return np.maximum(data.s - 2 * data.g @ x + np.einsum("p,bnpq,q->bn", x, data.G, x, optimize=True), 0.0)
+    return np.maximum(data.s - 2 * data.g @ x + (data.G @ x) @ x, 0.0)
 
 
 def weighted(data: Grams, rounds: int = 6) -> tuple[np.ndarray, np.ndarray]:
     """Return the estimate (p,) and each joint's residual sd (n,) [N·m], weights and estimate refined in turn."""
     sd = np.sqrt(np.maximum(data.s.sum(0) / data.count.sum(), 1e-12))
+    whole = data.merged(np.zeros(len(data), int))
     for _ in range(rounds):
-        x = solve(data, sd)
-        sd = np.sqrt(np.maximum(squares(data, x).sum(0) / data.count.sum(), 1e-12))
+        x = solve(whole, sd)
+        sd = np.sqrt(np.maximum(squares(whole, x).sum(0) / data.count.sum(), 1e-12))
     return x, sd
 
 
@@ -241,7 +253,8 @@ def bootstrap(data: Grams, sd: np.ndarray, draws: int = 200, seed: int = 0) -> n
     """
     rng, blocks = np.random.default_rng(seed), len(data)
     shares = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=draws)
-    found = np.stack([solve(data, sd, share.astype(float)) for share in shares])
+    A, b = _weighed(data, sd)
+    found = np.stack([_solved(np.tensordot(share, A, 1), share @ b) for share in shares.astype(float)])
     return np.cov(found.T)
 
 

@@ -60,7 +60,7 @@ def prepare(recording: Recording, spec: FilterSpec, outliers: np.ndarray | None 
 
     Zero-phase Butterworth filters; velocity as logged where the log has it, else the derivative of the filtered position;
     derivatives are central differences on the true stamps. Recordings with uneven stamps are resampled by cubic splines to
-    their median period first.
+    their mean period first.
 
     Args:
         recording: what was logged.
