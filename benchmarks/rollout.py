@@ -62,7 +62,7 @@ def _controller(name: str, samples: int, horizon: int, threads: int, **changes: 
         model, chain = _chain(12), {"sigma": 0.1}
     else:
         config, file = load_run(name)
-        model, chain = load_model(config.robot), {}
+        model, chain = load_model(config.robot.name), {}
     sizes = {
         "planner": {"samples": samples, "horizon": 0.02 * horizon, **chain},
         "dynamics": {"dt": 0.02, "threads": threads, "backend": "kernel"},

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mbctrl.base.errors import ExtraError
-from mbctrl.dynamics.load import import_dm_control
+from mbctrl.dynamics.dm_control import import_dm_control
 
 IMPORT = """
 import os, sys, warnings
 warnings.simplefilter("error")
-from mbctrl.dynamics.load import import_dm_control
+from mbctrl.dynamics.dm_control import import_dm_control
 before = dict(os.environ)
 suite = import_dm_control("suite", "cartpole-swingup")
 assert dict(os.environ) == before, "the environment changed"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive, Vector
@@ -83,11 +83,32 @@ class Controller(Spec):
     loop: LoopSpec = LoopSpec()
 
 
+class RobotSpec(Spec):
+    """A robot by ``name`` or path, and the calibrated ``parameters`` it is believed to have, by name or path too.
+
+    Null parameters: as the robot's model says. A plain text stands for the name alone.
+    """
+
+    name: str
+    parameters: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        if not isinstance(data, (str, Mapping, RobotSpec)):
+            raise ValueError(f"expected a robot's name, found {data!r}")
+        return {"name": data} if isinstance(data, str) else data
+
+
 class BackendSpec(Spec):
-    """What moves: ``mujoco`` simulates the robot's own model; ``dm_control`` runs the suite's ``task`` (DOMAIN-TASK)."""
+    """What moves: ``mujoco`` simulates the robot's own model; ``dm_control`` runs the suite's ``task`` (DOMAIN-TASK).
+
+    ``parameters`` are what the simulated arm truly has, by name or path; null: what the run believes, the robot's.
+    """
 
     kind: Literal["mujoco", "dm_control"] = "mujoco"
     task: str | None = None
+    parameters: str | None = None
     start_noise: NonNegative = 0.0  # [rad], uniform, around home
 
 
@@ -101,7 +122,7 @@ class RecordSpec(Spec):
 class RunConfig(Controller):
     """A resolved run: everything that decides what happens, saved beside the log."""
 
-    robot: str
+    robot: RobotSpec
     goal: Goal = BackendGoal(kind="backend")
     obstacles: tuple[Obstacle, ...] = ()
     backend: BackendSpec = BackendSpec()

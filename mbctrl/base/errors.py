@@ -61,4 +61,4 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{hint} known: {', '.join(known)}" if hint else f"; known: {', '.join(known)}"
+    return f"{hint or ';'} known: {', '.join(known) or 'none'}"

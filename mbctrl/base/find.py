@@ -8,6 +8,7 @@ from pathlib import Path
 from mbctrl.base.errors import SpecError, suggest
 
 FOLDERS = ("robots", "controllers", "calibration", "launch")
+FITTED = "_fitted"  # what the name of a parameter file in calibration/ ends in; the others there are recipes
 
 
 def roots() -> list[Path]:
@@ -18,12 +19,17 @@ def roots() -> list[Path]:
 
 
 def names(folder: str) -> dict[str, Path]:
-    """Return every entry of ``folder`` (one of FOLDERS) by name; earlier roots win."""
+    """Return every entry of ``folder`` by name; earlier roots win.
+
+    ``folder`` is one of FOLDERS, ``calibration`` then meaning its recipes; ``parameters`` are the fitted parameters there.
+    """
     found: dict[str, Path] = {}
+    place = "calibration" if folder == "parameters" else folder
     for root in roots():
         pattern = "*/robot.yaml" if folder == "robots" else "*.yaml"
-        for path in sorted((root / folder).glob(pattern)):
-            found.setdefault(path.parent.name if folder == "robots" else path.stem, path)
+        for path in sorted((root / place).glob(pattern)):
+            if place != "calibration" or path.stem.endswith(FITTED) == (folder == "parameters"):
+                found.setdefault(path.parent.name if folder == "robots" else path.stem, path)
     return dict(sorted(found.items()))
 
 
@@ -31,7 +37,7 @@ def find(folder: str, name: str, *, file: str | Path | None = None, key: str | N
     """Return the file ``name`` stands for: a path as given, or an entry of ``folder`` by name.
 
     Args:
-        folder: one of FOLDERS.
+        folder: as ``names``.
         name: a path to a file, or the name of an entry.
         file, key: where the name was written, for the error.
 
@@ -49,4 +55,5 @@ def find(folder: str, name: str, *, file: str | Path | None = None, key: str | N
         return known[name]
     if path.suffix or os.sep in name:
         raise SpecError("no such file", file=file or name, key=None if file is None else f"{key}: {name}")
-    raise SpecError(f"unknown {folder.rstrip('s')} '{name}'{suggest(name, known)}", file=file, key=key)
+    what = "parameter file" if folder == "parameters" else folder.rstrip("s")
+    raise SpecError(f"unknown {what} '{name}'{suggest(name, known)}", file=file, key=key)

@@ -50,6 +50,16 @@ def quaternion_from_rotation(rotation: np.ndarray) -> np.ndarray:
     return -quaternion if quaternion[0] < 0 else quaternion
 
 
+def align_z(axis: np.ndarray) -> np.ndarray:
+    """Return a (3, 3) rotation whose third column is ``axis`` (unit)."""
+    if axis[2] > 1 - 1e-12:
+        return np.eye(3)
+    helper = np.eye(3)[np.argmin(np.abs(axis))]
+    x = np.cross(helper, axis)
+    x /= np.linalg.norm(x)
+    return np.stack([x, np.cross(axis, x), axis], axis=1)
+
+
 def angle_between(a: np.ndarray, b: np.ndarray) -> float:
     """Return the angle [rad] of the rotation from ``a`` to ``b``, each (3, 3); accurate near 0 and near pi."""
     delta = a.T @ b

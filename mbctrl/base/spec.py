@@ -95,9 +95,10 @@ def parse_yaml(text: str, file: str | Path | None = None) -> Any:
         raise SpecError(f"not valid YAML: {error}", file=file) from None
 
 
-def dump_yaml(data: Any) -> str:
-    """Return plain data as YAML that ``parse_yaml`` reads back the same."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(data: Any, flow: bool = False) -> str:
+    """Return plain data as YAML that ``parse_yaml`` reads back the same; ``flow``: innermost lists and mappings in one line."""
+    style = None if flow else False
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style, width=120 if flow else 80)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -163,13 +164,15 @@ def _say(schema: type[BaseModel], fault: Mapping[str, Any]) -> str:
 
 
 def _owner(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """Return the model class at ``path`` below ``schema``, through sequences and unions told apart by ``kind``."""
-    kinds = [schema]
+    """Return the model class at ``path`` below ``schema``, through sequences, mappings and unions told apart by ``kind``."""
+    kinds, key = [schema], False
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or key:
+            key = False
             continue
         if len(kinds) == 1 and part in kinds[0].model_fields:
-            kinds = _models(kinds[0].model_fields[part].annotation)
+            annotation = kinds[0].model_fields[part].annotation
+            kinds, key = _models(annotation), get_origin(annotation) is Mapping
         else:
             tagged = [kind for kind in kinds if "kind" in kind.model_fields]
             kinds = [kind for kind in tagged if part in get_args(kind.model_fields["kind"].annotation)]

@@ -8,14 +8,29 @@ import numpy as np
 
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import GoalError, SpecError
+from mbctrl.base.parameters import load_parameters
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.planning.controller import MpcController
 
 
 def load_run_model(config: RunConfig, file: Path) -> Model:
-    """Load the run's robot; SpecError names the scenario's key."""
-    return load_model(config.robot, file=file, key="robot")
+    """Load the run's robot with the parameters it is believed to have; SpecError names the scenario's key."""
+    return _load(config.robot.name, config.robot.parameters, file, "robot.parameters")
+
+
+def load_truth(config: RunConfig, file: Path, model: Model) -> Model:
+    """Load what the simulator moves: the run's robot ``model``, or one with the backend's own parameters where they differ."""
+    if config.backend.parameters is None:
+        return model
+    truth = _load(config.robot.name, config.backend.parameters, file, "backend.parameters")
+    same = model.parameters is not None and truth.parameters.joints == model.parameters.joints
+    return model if same else truth
+
+
+def _load(robot: str, parameters: str | None, file: Path, key: str) -> Model:
+    fitted = None if parameters is None else load_parameters(parameters, file=file, key=key)
+    return load_model(robot, fitted, file=file, key="robot")
 
 
 def build_controller(config: RunConfig, file: Path, model: Model | None = None, warm: bool = False) -> MpcController:
@@ -35,6 +50,8 @@ def check_goal(config: RunConfig, model: Model, file: Path) -> None:
     goal, robot = config.goal, model.robot
     if config.backend.kind == "dm_control" and config.backend.task is None:
         raise SpecError("missing; expected DOMAIN-TASK", file=file, key="backend.task")
+    if config.backend.kind == "dm_control" and config.backend.parameters is not None:
+        raise SpecError("a dm_control task has the suite's own physics", file=file, key="backend.parameters")
     if goal.kind == "backend" and config.backend.kind != "dm_control":
         raise SpecError("the mujoco backend brings no goal of its own", file=file, key="goal.kind")
     for key in ("feedback_stiffness", "feedback_damping"):

@@ -13,16 +13,18 @@ from mbctrl.base.config import load_controller, load_run
 from mbctrl.base.errors import MbctrlError, SpecError, suggest
 from mbctrl.base.extras import need
 from mbctrl.base.find import names
+from mbctrl.base.parameters import load_parameters
 from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import dump_yaml, load_yaml
 
 console = Console()
 _MODELS = (".xml", ".mjcf", ".urdf")
+_FOLDERS = ("robots", "controllers", "launch", "parameters")
 
 
 def list_all() -> int:
-    """Print every robot, controller and scenario that is found, with its file's first comment or description."""
-    for folder in ("robots", "controllers", "launch"):
+    """Print every robot, controller, scenario and parameter file that is found, with its first comment or description."""
+    for folder in [folder for folder in _FOLDERS if names(folder)]:
         table = Table(title=folder, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, path in names(folder).items():
             table.add_row(f"[bold]{name}[/]", _about(path, folder))
@@ -45,14 +47,16 @@ def kind_of(name: str) -> str:
     """
     if name.startswith("dm_control:") or Path(name).suffix in _MODELS:
         return "models"
-    folders = [folder for folder in ("robots", "controllers", "launch") if name in names(folder)]
+    folders = [folder for folder in _FOLDERS if name in names(folder)]
     if folders:
         return folders[0]
     if Path(name).suffix not in (".yaml", ".yml"):
-        known = [entry for folder in ("robots", "controllers", "launch") for entry in names(folder)]
+        known = [entry for folder in _FOLDERS for entry in names(folder)]
         raise SpecError(f"unknown name '{name}'{suggest(name, known)}")
     keys = load_yaml(_existing(name)).keys()
-    return "robots" if "joints" in keys else "launch" if "robot" in keys else "controllers"
+    if "joints" in keys:
+        return "parameters" if "robot" in keys else "robots"
+    return "launch" if "robot" in keys else "controllers"
 
 
 def _existing(name: str) -> Path:
@@ -62,7 +66,7 @@ def _existing(name: str) -> Path:
 
 
 def show(name: str) -> int:
-    """Print a robot's joints and limits, or a controller or scenario as it resolves."""
+    """Print a robot's joints and limits, a controller or scenario as it resolves, or a parameter file."""
     kind = kind_of(name)
     if kind == "robots":
         _show_robot(load_robot(name))
@@ -72,8 +76,9 @@ def show(name: str) -> int:
 
         _show_robot(load_model(name).robot)
     else:
-        config = load_controller(name) if kind == "controllers" else load_run(name)[0]
-        console.print(Syntax(dump_yaml(config.model_dump(mode="json")), "yaml", background_color="default"))
+        load = {"controllers": load_controller, "launch": lambda name: load_run(name)[0], "parameters": load_parameters}[kind]
+        data = load(name).model_dump(mode="json")
+        console.print(Syntax(dump_yaml(data, flow=kind == "parameters"), "yaml", background_color="default", word_wrap=True))
     return 0
 
 
@@ -95,7 +100,7 @@ def _show_robot(robot: Robot) -> None:
 def check(chosen: tuple[str, ...]) -> int:
     """Load every file, or those chosen; robots pass the self-check, scenarios plan a step. Return 2 if any fails."""
     need("torch", "sim", "checking")
-    entries = chosen or tuple(f"{folder}/{name}" for folder in ("robots", "controllers", "launch") for name in names(folder))
+    entries = chosen or tuple(f"{folder}/{name}" for folder in _FOLDERS for name in names(folder))
     failed = 0
     for entry in entries:
         folder, _, name = entry.partition("/")
@@ -116,17 +121,24 @@ def _check(kind: str, name: str) -> str:
     if kind in ("robots", "models"):
         model = load_model(name)
         return f"{model.tree.n} joints, {model.tree.mass.sum():.2f} kg moving, MuJoCo and Pinocchio agree to {model.error:.1e}"
+    if kind == "parameters":
+        fitted = load_parameters(name)
+        if fitted.robot not in names("robots"):
+            return f"{len(fitted.joints)} joints; no robot '{fitted.robot}' is found to try them on"
+        model = load_model(fitted.robot, fitted)
+        return f"{fitted.robot}, {model.tree.mass.sum():.2f} kg moving, MuJoCo and Pinocchio agree to {model.error:.1e}"
     if kind == "controllers":
         controller = load_controller(name)
         return f"{controller.rule.rpartition(':')[2]}, {controller.planner.samples} samples, terms {', '.join(controller.task)}"
     from mbctrl.base.plan import PlanRequest
-    from mbctrl.cli.build import build_controller, check_goal, load_run_model
+    from mbctrl.cli.build import build_controller, check_goal, load_run_model, load_truth
 
     config, file = load_run(name)
     model = load_run_model(config, file)
     check_goal(config, model, file)
+    load_truth(config, file, model)
     still = tuple((np.asarray(obstacle.position, float), np.zeros(3)) for obstacle in config.obstacles)
     target = (np.zeros(3), None) if config.goal.kind == "backend" else None
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
     plan = build_controller(config, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
-    return f"{config.robot}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"
+    return f"{config.robot.name}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"

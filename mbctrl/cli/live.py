@@ -65,7 +65,7 @@ def _serve(pipe: Connection, config: RunConfig, file: Path, port: int) -> None:
         from mbctrl.dynamics.load import load_model
         from mbctrl.viewer import Viewer
 
-        model = load_model(config.robot, file=file, key="robot")
+        model = load_model(config.robot.name, file=file, key="robot")  # what is drawn has no mass
         viewer = Viewer(model.mj, list(model.robot.joints), port=port)
         pipe.send(viewer.url)
         while True:

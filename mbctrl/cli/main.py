@@ -29,6 +29,7 @@ class Run:
         mbctrl run panda_track_sim --planner.samples 1024 --loop.rate 50
         mbctrl run panda_avoid_sim --viewer
         mbctrl run arm2_swingup_sim --lockstep --seed 3
+        mbctrl run ur10e_reach_sim --robot.parameters my_fitted.yaml
     """
 
     scenario: Positional[str]
@@ -45,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class List:
-    """List the robots, controllers and scenarios that are found.
+    """List the robots, controllers, scenarios and parameter files that are found.
 
     For example:
 
@@ -55,7 +56,7 @@ class List:
 
 @dataclass(frozen=True)
 class Show:
-    """Show a robot, controller or scenario, resolved.
+    """Show a robot, controller or scenario, resolved, or a parameter file.
 
     For example:
 
@@ -78,7 +79,7 @@ class Check:
     """
 
     names: Positional[tuple[str, ...]] = ()
-    """Robots, controllers, scenarios, or paths."""
+    """Robots, controllers, scenarios, parameter files, or paths."""
 
 
 @dataclass(frozen=True)

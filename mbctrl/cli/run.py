@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.config import RobotSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.extras import need
 from mbctrl.base.logs import read_log
@@ -76,6 +76,7 @@ def with_overrides(config: RunConfig, arguments: list[str], scenario: str, file:
     Errors:
         SpecError: naming the setting.
     """
+    config, arguments = _other_robot(config, arguments)
     if not arguments:
         return config
     said = io.StringIO()
@@ -92,6 +93,18 @@ def with_overrides(config: RunConfig, arguments: list[str], scenario: str, file:
             raise
         raise _one_line(said.getvalue()) from None
     return validate(RunConfig, merged(config.model_dump(), changed.model_dump()), "command line")
+
+
+def _other_robot(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """Take ``--robot NAME`` out of the arguments: as in a scenario, a plain name stands for a robot as its model says."""
+    rest = list(arguments)
+    for i in [i for i, word in enumerate(arguments) if word.partition("=")[0] == "--robot"][:1]:
+        name = arguments[i].partition("=")[2] or "".join(arguments[i + 1 : i + 2])
+        if not name or name.startswith("--"):
+            raise SpecError("expected a robot's name", file="command line", key="--robot")
+        config = config.model_copy(update={"robot": RobotSpec(name=name)})
+        del rest[i : i + (1 if "=" in arguments[i] else 2)]
+    return config, rest
 
 
 def _one_line(box: str) -> SpecError:

@@ -17,12 +17,13 @@ import numpy as np
 from mbctrl import __version__
 from mbctrl.base.config import RunConfig
 from mbctrl.base.logs import LogWriter, read_log
+from mbctrl.base.parameters import write_parameters
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
-from mbctrl.cli.build import build_controller, check_goal, load_run_model
+from mbctrl.cli.build import build_controller, check_goal, load_run_model, load_truth
 from mbctrl.cli.process import ProcessPort, steady
 from mbctrl.dynamics.load import Model
 from mbctrl.report.summary import Summary, summarise
@@ -58,7 +59,7 @@ class Session:
         lockstep: deterministic, as fast as the machine computes; else real time, the planner in its own process.
         watch: called with a ``Live`` about 20 times a second of run time; may return a dragged target.
         fan: sampled tool paths each plan carries, for a viewer.
-        model: already loaded, to save the time.
+        model: what the run believes, already loaded, to save the time.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Session:
         self.config, self.file, self.lockstep, self._watch, self._fan = config, file, lockstep, watch, fan
         self.model = model or load_run_model(config, file)
         check_goal(config, self.model, file)
+        self.truth = load_truth(config, file, self.model)
         self.robot: Robot = self.model.robot
         self.monitor = Monitor(self.model.mj, self.robot, config.obstacles)
         self.progress = Progress(config.goal)
@@ -132,7 +134,8 @@ class Session:
         offset = np.random.default_rng(config.seed).uniform(-noise, noise, self.robot.nq)
         limits = self.robot.limits
         start = (np.asarray(self.robot.home) + offset).clip(limits.position_lower, limits.position_upper)
-        return SimDriver(self.model.mj, self.robot, self.clock, start)
+        believed = None if self.truth is self.model else self.model.mj
+        return SimDriver(self.truth.mj, self.robot, self.clock, start, believed)
 
     def _request(self, t: float, state: RobotState) -> PlanRequest:
         obstacles = tuple(obstacle.at(t) for obstacle in self.config.obstacles)
@@ -183,6 +186,9 @@ class Session:
         header = provenance(self.config, self.robot, self.lockstep)
         text = dump_yaml({**header, "config": self.config.model_dump(mode="json")})
         (folder / "config.yaml").write_text(text, encoding="utf-8")
+        for name, model in (("parameters", self.model), ("truth", self.truth)):
+            if model.parameters is not None and (name == "parameters" or model is not self.model):
+                write_parameters(folder / f"{name}.yaml", model.parameters)
         self._log = LogWriter(folder / "log.csv", _columns(self.model, isinstance(self.config.goal, JointGoal)), header)
         self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
 

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import TypeVar
 
 import mujoco
 import numpy as np
 
-from mbctrl.base.errors import ExtraError, ModelError, SpecError, suggest
-from mbctrl.base.poses import rotation_from_quaternion
+from mbctrl.base.errors import ModelError, SpecError, suggest
+from mbctrl.base.parameters import FittedParameters, JointParameters
+from mbctrl.base.poses import align_z, rotation_from_quaternion
 from mbctrl.base.robot import Control, Limits, Robot, load_robot
+from mbctrl.dynamics.dm_control import dm_control_model, dm_control_spec
+from mbctrl.dynamics.parameters import apply_parameters, check_applied, completed
 from mbctrl.dynamics.reference import self_check
 from mbctrl.dynamics.tree import Capsule, Frame, RigidTree
 
 _log = logging.getLogger(__name__)
 _SUPPORTED = (int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE))
 _COLLISION_GROUP = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Model:
     """A robot ready for use: its description, the compiled MuJoCo model and the rigid-body tree; ``error`` is the
-    largest relative disagreement of MuJoCo and Pinocchio the self-check found."""
+    largest relative disagreement of MuJoCo and Pinocchio the self-check found; ``parameters`` are the calibrated ones that
+    mj and tree have, None: the robot's own."""
 
     robot: Robot
     mj: mujoco.MjModel
     tree: RigidTree
     error: float
+    parameters: FittedParameters | None = None
 
 
-def load_model(name: str, *, file: str | Path | None = None, key: str | None = None) -> Model:
+def load_model(
+    name: str, parameters: FittedParameters | None = None, *, file: str | Path | None = None, key: str | None = None
+) -> Model:
     """Load a robot by name, by robot.yaml, by MJCF or URDF path, or by ``dm_control:DOMAIN-TASK`` / ``dm_control:jaco_arm``.
 
     The MuJoCo model and a Pinocchio model built from its arrays must agree on M(q), bias and gravity at random states.
 
+    Args:
+        parameters: calibrated ones to take in place of the model's own.
+        file, key: where the name was written, for the error.
+
     Errors:
         SpecError, ModelError: naming the file and the joint or body.
     """
-    bare = name.startswith("dm_control:") or Path(name).suffix in (".xml", ".urdf", ".mjcf")
-    robot = None if bare else load_robot(name, file=file, key=key)
-    source = robot.model_path if robot else name
-    mj = compile_model(source)
+    robot, source = described(name, parameters, file=file, key=key)
+    mj = compile_model(source) if parameters is None else calibrated(source, parameters)[1]
     tree = tree_from_mujoco(mj, source)
     robot = robot or _robot_from_mujoco(mj, tree, source)
     if robot.joints != tree.joints:
@@ -54,7 +63,29 @@ def load_model(name: str, *, file: str | Path | None = None, key: str | None = N
         )
     if robot.tool not in tree.frames:
         raise ModelError(f"the model has no site '{robot.tool}'{suggest(robot.tool, tree.frames)}", file=robot.path, key="tool")
-    return Model(robot, mj, tree, self_check(mj, tree, source))
+    return Model(robot, mj, tree, self_check(mj, tree, source), parameters)
+
+
+def described(
+    name: str, parameters: FittedParameters | None = None, *, file: str | Path | None = None, key: str | None = None
+) -> tuple[Robot | None, str]:
+    """Return a robot's description, None for a bare model, and its model: a file or a ``dm_control:`` name.
+
+    Errors:
+        SpecError: for a name that is unknown, and for ``parameters`` of another robot.
+    """
+    bare = name.startswith("dm_control:") or Path(name).suffix in (".xml", ".urdf", ".mjcf")
+    robot = None if bare else load_robot(name, file=file, key=key)
+    called = robot.name if robot else _stem(name)
+    if parameters is not None and parameters.robot != called:
+        raise SpecError(
+            f"expected parameters of '{called}', found those of '{parameters.robot}'", file=parameters.path, key="robot"
+        )
+    return robot, robot.model_path if robot else name
+
+
+def _stem(source: str) -> str:
+    return Path(source.replace("dm_control:", "")).stem
 
 
 def compile_model(source: str) -> mujoco.MjModel:
@@ -64,13 +95,38 @@ def compile_model(source: str) -> mujoco.MjModel:
         ModelError: with the compiler's own message.
     """
     if source.startswith("dm_control:"):
-        return _from_dm_control(source.removeprefix("dm_control:"))
+        return dm_control_model(source.removeprefix("dm_control:"))
+    return _compiled(source, lambda: _spec(source).compile())
+
+
+def calibrated(source: str, parameters: FittedParameters) -> tuple[mujoco.MjSpec, mujoco.MjModel, dict[str, JointParameters]]:
+    """Return a model with calibrated parameters, editable and compiled, and what each of its joints got.
+
+    Errors:
+        SpecError, ModelError: naming file and joint.
+    """
+    spec = _compiled(source, lambda: _spec(source))
+    before = _compiled(source, spec.copy().compile)
+    values = completed(parameters, before, tree_from_mujoco(before, source))
+    apply_parameters(spec, before, values)
+    mj = _compiled(str(parameters.path or source), spec.compile)
+    check_applied(mj, tree_from_mujoco(mj, source), values, source)
+    return spec, mj, values
+
+
+def _spec(source: str) -> mujoco.MjSpec:
+    if source.startswith("dm_control:"):
+        return dm_control_spec(source.removeprefix("dm_control:"))
     if not Path(source).is_file():
         raise SpecError("no such file", file=source)
+    return parse_model(source)
+
+
+def _compiled(file: str, make: Callable[[], T]) -> T:
     try:
-        return parse_model(source).compile()
+        return make()
     except (ValueError, mujoco.FatalError) as error:
-        raise ModelError(f"does not compile: {error}", file=source) from None
+        raise ModelError(f"does not compile: {error}", file=file) from None
 
 
 def parse_model(source: str) -> mujoco.MjSpec:
@@ -86,34 +142,6 @@ def parse_model(source: str) -> mujoco.MjSpec:
     for mesh in [mesh for mesh in spec.meshes if mesh.name in missing]:
         spec.delete(mesh)
     return spec
-
-
-def _from_dm_control(name: str) -> mujoco.MjModel:
-    suite = import_dm_control("suite", name)
-    if name == "jaco_arm":
-        kinova = import_dm_control("entities.manipulators.kinova", name)
-        return import_dm_control("mjcf", name).Physics.from_mjcf_model(kinova.JacoArm().mjcf_model).model.ptr
-    domain, _, task = name.partition("-")
-    known = {f"{a}-{b}" for a, b in suite.ALL_TASKS} | {"jaco_arm"}
-    if name not in known:
-        raise SpecError(f"unknown dm_control model{suggest(name, known)}", key=f"dm_control:{name}")
-    return suite.load(domain, task).physics.model.ptr
-
-
-def import_dm_control(module: str, name: str) -> ModuleType:
-    """Import ``dm_control.MODULE`` without its renderer, which complains where there is no screen.
-
-    Errors:
-        ExtraError: where dm_control is not installed, naming ``name``.
-    """
-    before = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
-    try:
-        return import_module(f"dm_control.{module}")
-    except ImportError:
-        raise ExtraError('dm_control models need: pip install "mbctrl[sim]"', key=f"dm_control:{name}") from None
-    finally:
-        os.environ.pop("MUJOCO_GL") if before is None else os.environ.update(MUJOCO_GL=before)
 
 
 def tree_from_mujoco(mj: mujoco.MjModel, source: str = "") -> RigidTree:
@@ -136,7 +164,7 @@ def tree_from_mujoco(mj: mujoco.MjModel, source: str = "") -> RigidTree:
     for b in range(1, mj.nbody):
         link, rotation, position = _compose(place[mj.body_parentid[b]], mj.body_quat[b], mj.body_pos[b])
         for j in range(mj.body_jntadr[b], mj.body_jntadr[b] + mj.body_jntnum[b]):
-            align, anchor = _align_z(mj.jnt_axis[j]), mj.jnt_pos[j]
+            align, anchor = align_z(mj.jnt_axis[j]), mj.jnt_pos[j]
             links.parent[j], links.rotation[j] = link, rotation @ align
             links.position[j] = position + rotation @ anchor
             link, rotation, position = j, align.T, -align.T @ anchor
@@ -201,16 +229,6 @@ def _compose(
     return link, rotation @ rotation_from_quaternion(quaternion), position + rotation @ offset
 
 
-def _align_z(axis: np.ndarray) -> np.ndarray:
-    """Return a (3, 3) rotation whose third column is ``axis`` (unit)."""
-    if axis[2] > 1 - 1e-12:
-        return np.eye(3)
-    helper = np.eye(3)[np.argmin(np.abs(axis))]
-    x = np.cross(helper, axis)
-    x /= np.linalg.norm(x)
-    return np.stack([x, np.cross(axis, x), axis], axis=1)
-
-
 def _capsules(mj: mujoco.MjModel, place: list[tuple[int, np.ndarray, np.ndarray]]) -> list[Capsule]:
     """Return a capsule around every collision geom of a moving link (group 3, or every geom where there is no such group)."""
     moving = [g for g in range(mj.ngeom) if place[mj.geom_bodyid[g]][0] >= 0]
@@ -253,7 +271,7 @@ def _robot_from_mujoco(mj: mujoco.MjModel, tree: RigidTree, source: str) -> Robo
     driven = tuple(joint for joint in tree.joints if joint in motors) or tree.joints
     sites = [mj.site(s).name for s in range(mj.nsite)] or [mj.body(mj.nbody - 1).name]
     return Robot(
-        name=Path(source.replace("dm_control:", "")).stem,
+        name=_stem(source),
         description=f"read from {Path(source).name}",
         model=source,
         joints=tree.joints,

@@ -25,12 +25,21 @@ class SimDriver(Driver):
         robot: order, limits and control mode.
         clock: the loop's clock.
         start: (nq,) initial positions [rad]; None: home.
+        believed: the model whose gravity torque the arm adds, where it was told other parameters than it has; None: ``mj``.
     """
 
-    def __init__(self, mj: mujoco.MjModel, robot: Robot, clock: Clock, start: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        mj: mujoco.MjModel,
+        robot: Robot,
+        clock: Clock,
+        start: np.ndarray | None = None,
+        believed: mujoco.MjModel | None = None,
+    ) -> None:
         self.model = copy.copy(mj)
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION
-        self.data, self._static = mujoco.MjData(self.model), mujoco.MjData(self.model)
+        self._believed = self.model if believed is None else believed
+        self.data, self._static = mujoco.MjData(self.model), mujoco.MjData(self._believed)
         self._clock, self._compensated = clock, robot.control.gravity_compensation
         self._pick = robot.command_index
         self._dof = self.model.jnt_dofadr[self._pick]
@@ -69,9 +78,9 @@ class SimDriver(Driver):
         if not self._compensated:
             return np.zeros(len(self._pick))
         self._static.qpos[:] = self.data.qpos
-        mujoco.mj_fwdPosition(self.model, self._static)
+        mujoco.mj_fwdPosition(self._believed, self._static)
         force = np.zeros(self.model.nv)
-        mujoco.mj_rne(self.model, self._static, 0, force)
+        mujoco.mj_rne(self._believed, self._static, 0, force)
         return force[self._dof]
 
     def _step(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.robot import Robot
-from mbctrl.dynamics.load import import_dm_control
+from mbctrl.dynamics.dm_control import import_dm_control
 from mbctrl.runtime.clock import Clock
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState
 
