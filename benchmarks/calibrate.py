@@ -47,7 +47,7 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     data = Path(os.environ.get("MBCTRL_DATA", "")) / "ur10e"
     if not data.is_dir():
         raise SpecError("expected the folder that holds ur10e/, with the logs", file="$MBCTRL_DATA")
-    recipe, _ = load_recipe("ur10e")
+    recipe, _ = load_recipe("ur10e_rtde")
     model = load_model(recipe.robot)
     bench = _Bench(data, recipe, model)
     say("command line, from CSV to report")
@@ -66,7 +66,7 @@ def _command(data: Path) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()
-        calibrate("ur10e", [f"{data / TRAIN}:{ROWS[0]}-{ROWS[1]}"], [str(data / OTHER)], Path(folder))
+        calibrate("ur10e_rtde", [f"{data / TRAIN}:{ROWS[0]}-{ROWS[1]}"], [str(data / OTHER)], Path(folder))
         seconds = time.perf_counter() - start
     return [row("30 s log: CSV to parameter file, MJCF and report", seconds, "s", "<=", 10.0)]
 

@@ -50,7 +50,7 @@ def read_recording(path: str | Path, spec: LogSpec, robot: Robot, rows: Rows | N
         LogError: naming the file, and the line and column at fault.
     """
     path = Path(path)
-    wants = _wants(spec, robot)
+    wants = columns_wanted(spec, robot)
     if not path.is_file():
         raise LogError("no such file", file=path)
     table = _read(path, spec, wants, rows, robot)
@@ -70,7 +70,8 @@ def read_recording(path: str | Path, spec: LogSpec, robot: Robot, rows: Rows | N
     )  # fmt: skip
 
 
-def _wants(spec: LogSpec, robot: Robot) -> list[Want]:
+def columns_wanted(spec: LogSpec, robot: Robot) -> list[Want]:
+    """Return the columns a recipe asks for; SpecError names the key where it does not fit the robot."""
     wants = [Want("time", spec.time.column)] if spec.time else []
     for name in _SIGNALS:
         signal = getattr(spec, name)

@@ -102,7 +102,10 @@ class _Work:
 
         path, rows = excerpt(log)
         self.advance(f"reading {path.name}")
-        recording = read_recording(path, self.recipe.log, self.model.robot, rows)
+        try:
+            recording = read_recording(path, self.recipe.log, self.model.robot, rows)
+        except SpecError as error:
+            raise SpecError(error.message, file=error.file or self.file, key=f"log.{error.key}") from None
         notes = [*recording.warnings, *check_recording(recording, self.model.robot, self.model.tree)]
         self.warnings += [note if path.name in note else f"{path.name}: {note}" for note in notes]
         return recording, prepare(recording, self.recipe.filter, outliers(recording))
@@ -124,7 +127,7 @@ def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: floa
     from mbctrl.base.parameters import write_parameters
     from mbctrl.calibrate.report import Report, write_report
     from mbctrl.calibrate.result import fitted_parameters
-    from mbctrl.dynamics.write import export_mjcf
+    from mbctrl.dynamics.write import export_mjcf, export_urdf
 
     out.mkdir(parents=True, exist_ok=True)
     name = work.model.robot.name
@@ -132,7 +135,10 @@ def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: floa
     parameters = fitted_parameters(work.model, work.fit, provenance)
     paths = [out / f"{name}_fitted.yaml", out / f"{name}_fitted.xml", out / f"{name}_report.html"]
     write_parameters(paths[0], parameters)
-    export_mjcf(work.model.robot.model_path, parameters, paths[1])
+    export_mjcf(work.recipe.robot, parameters, paths[1])
+    if Path(work.model.robot.model_path).suffix == ".urdf":
+        paths.append(out / f"{name}_fitted.urdf")
+        export_urdf(work.recipe.robot, parameters, paths[-1])
     report = Report(
         title=f"Calibration of {name}",
         recipe=file.name,

@@ -16,14 +16,15 @@ from mbctrl.base.find import names
 from mbctrl.base.parameters import load_parameters
 from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import dump_yaml, load_yaml
+from mbctrl.calibrate.recipe import load_recipe
 
 console = Console()
 _MODELS = (".xml", ".mjcf", ".urdf")
-_FOLDERS = ("robots", "controllers", "launch", "parameters")
+_FOLDERS = ("robots", "controllers", "launch", "calibration", "parameters")
 
 
 def list_all() -> int:
-    """Print every robot, controller, scenario and parameter file that is found, with its first comment or description."""
+    """Print every robot, controller, scenario, recipe and parameter file that is found, with its first comment or description."""
     for folder in [folder for folder in _FOLDERS if names(folder)]:
         table = Table(title=folder, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, path in names(folder).items():
@@ -56,6 +57,8 @@ def kind_of(name: str) -> str:
     keys = load_yaml(_existing(name)).keys()
     if "joints" in keys:
         return "parameters" if "robot" in keys else "robots"
+    if "log" in keys:
+        return "calibration"
     return "launch" if "robot" in keys else "controllers"
 
 
@@ -76,7 +79,12 @@ def show(name: str) -> int:
 
         _show_robot(load_model(name).robot)
     else:
-        load = {"controllers": load_controller, "launch": lambda name: load_run(name)[0], "parameters": load_parameters}[kind]
+        load = {
+            "controllers": load_controller,
+            "launch": lambda name: load_run(name)[0],
+            "calibration": lambda name: load_recipe(name)[0],
+            "parameters": load_parameters,
+        }[kind]
         data = load(name).model_dump(mode="json")
         console.print(Syntax(dump_yaml(data, flow=kind == "parameters"), "yaml", background_color="default", word_wrap=True))
     return 0
@@ -127,6 +135,8 @@ def _check(kind: str, name: str) -> str:
             return f"{len(fitted.joints)} joints; no robot '{fitted.robot}' is found to try them on"
         model = load_model(fitted.robot, fitted)
         return f"{fitted.robot}, {model.tree.mass.sum():.2f} kg moving, MuJoCo and Pinocchio agree to {model.error:.1e}"
+    if kind == "calibration":
+        return _check_recipe(name)
     if kind == "controllers":
         controller = load_controller(name)
         return f"{controller.rule.rpartition(':')[2]}, {controller.planner.samples} samples, terms {', '.join(controller.task)}"
@@ -142,3 +152,17 @@ def _check(kind: str, name: str) -> str:
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
     plan = build_controller(config, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
     return f"{config.robot.name}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"
+
+
+def _check_recipe(name: str) -> str:
+    from mbctrl.calibrate.logs import columns_wanted
+    from mbctrl.dynamics.load import load_model
+
+    recipe, file = load_recipe(name)
+    robot = load_model(recipe.robot, file=file, key="robot").robot
+    try:
+        wanted = columns_wanted(recipe.log, robot)
+    except SpecError as error:
+        raise SpecError(error.message, file=file, key=f"log.{error.key}") from None
+    friction = recipe.fit.friction if isinstance(recipe.fit.friction, str) else recipe.fit.friction.memory
+    return f"{recipe.robot}, reads {len(wanted)} columns, friction {friction}"

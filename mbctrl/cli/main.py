@@ -83,6 +83,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Fit a robot's parameters to its logs; write a parameter file, a model file and a report.
+
+    A log may be an excerpt, LOG:FIRST-LAST in rows of data counted from 1. The recipe says what the log's columns are and
+    what is fitted; see calibration/ur10e_rtde.yaml.
+
+    For example:
+
+        mbctrl calibrate ur10e_rtde monday.csv --validate tuesday.csv
+        mbctrl calibrate ur10e_rtde monday.csv:635-3510 morning.csv --validate tuesday.csv --out results
+        mbctrl run ur10e_reach_sim --robot.parameters calibration/ur10e_fitted.yaml
+    """
+
+    recipe: Positional[str]
+    """A recipe by name (mbctrl list) or path."""
+    logs: Positional[tuple[str, ...]]
+    """Logs to fit: CSV, NPZ, Parquet, MCAP, or logs of mbctrl run."""
+    validate: tuple[str, ...] = ()
+    """Logs to judge the fit on, which it does not see."""
+    out: Path = Path("calibration")
+    """Folder for ROBOT_fitted.yaml, ROBOT_fitted.xml and ROBOT_report.html."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Run a benchmark of the checkout's benchmarks/ folder and print its table.
 
@@ -115,6 +139,7 @@ Verb = (
     | Annotated[List, subcommand("list", prefix_name=False)]
     | Annotated[Show, subcommand("show", prefix_name=False)]
     | Annotated[Check, subcommand("check", prefix_name=False)]
+    | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
     | Annotated[Doctor, subcommand("doctor", prefix_name=False)]
 )
@@ -152,6 +177,10 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.run import run
 
         return run(verb.scenario, rest, verb.lockstep, verb.viewer_port if verb.viewer else None, verb.out)
+    if isinstance(verb, Calibrate):
+        from mbctrl.cli.calibrate import calibrate
+
+        return calibrate(verb.recipe, verb.logs, verb.validate, verb.out, ["mbctrl", *arguments])
     if isinstance(verb, Bench):
         from mbctrl.cli.bench import bench
 
