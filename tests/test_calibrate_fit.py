@@ -375,6 +375,16 @@ def test_a_known_arm_is_recovered(name: str) -> None:
     np.testing.assert_allclose(fit.tree.friction, own[:, 0], rtol=0.03)
 
 
+@pytest.mark.parametrize("late", [0.0, 0.004, -0.011])
+def test_a_delay_is_found_to_the_millisecond(late: float) -> None:
+    model = model_of("ur10e")
+    truth, family = heavier(model.tree), Friction(memory="tanh")
+    log = log_of(truth, family, friction_of(truth, 5.0), seconds=20.0, rate=125.0)
+    shifted = np.stack([np.interp(log.t - late, log.t, column) for column in log.effort.T], 1)
+    fit, _, _ = fitted(model, replace(log, effort=shifted))
+    assert fit.delay == pytest.approx(late, abs=1e-3)
+
+
 def test_another_motion_is_predicted_where_the_model_file_is_not() -> None:
     model = model_of("ur10e")
     truth, family = heavier(model.tree), Friction(memory="tanh")

@@ -23,6 +23,7 @@ from mbctrl.calibrate.regression import (
     Motion,
     Regression,
     bootstrap,
+    delay,
     grams,
     huber,
     instrumental,
@@ -79,6 +80,7 @@ class Fit:
         estimates: what the data determine.
         scores: of the friction families, best first; empty where the recipe names one.
         unconstrained: (p,) the least-squares fit that physics does not bind.
+        delay: [s] by which efforts come later than the motion they go with; see ``regression.delay``.
         warnings: one line each.
         seconds: how long each step took.
     """
@@ -95,6 +97,7 @@ class Fit:
     estimates: Estimates
     scores: tuple[Score, ...]
     unconstrained: np.ndarray
+    delay: float
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -163,6 +166,7 @@ class Identification:
             restrictions,
             self.spec.prior_weight,
         )
+        late = self._timed("delay", delay, motions, regression, free, sd)
         known = self._known(data, regression.columns, sd, x, free)
         coulomb, viscous, offset = self._equivalent(regression.columns, x, motions)
         tree = replace(
@@ -184,6 +188,7 @@ class Identification:
             estimates,
             tuple(scores),
             unconstrained,
+            late,
             self._warnings(names, known, restrictions),
             dict(self._seconds),
         )

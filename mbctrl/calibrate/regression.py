@@ -7,7 +7,7 @@ rounds and bootstrap draws cost a solve of a hundred unknowns and never a pass o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -268,3 +268,31 @@ def sandwich(data: Grams, sd: np.ndarray, x: np.ndarray) -> np.ndarray:
     scores = np.einsum("bnp,n->bp", data.g - data.G @ x, 1 / sd**2)
     blocks = len(data)
     return bread @ (scores.T @ scores) @ bread * (blocks / (blocks - 1))
+
+
+def delay(motions: Sequence[Motion], regression: Regression, columns: np.ndarray, sd: np.ndarray, reach: float = 0.03) -> float:
+    """Return by how much efforts come later than the motion they go with [s], within ``reach``.
+
+    Efforts are moved against the columns, everything is fitted anew at each shift, and a parabola through the least residual
+    and its neighbours gives the answer. Friction that turns more slowly than the model's looks like a delay: it means
+    something only with a family that has memory where the joints do.
+    """
+    keep = regression.keep
+    A, _ = _weighed(grams(replace(regression, tau=np.zeros_like(regression.tau))).only(columns), sd)
+    A = A.sum(0)
+    W = regression.W[keep][:, :, columns] / sd[:, None]
+    step = 1.0 / motions[0].one.rate / 2
+    shifts = np.arange(-np.ceil(reach / step), np.ceil(reach / step) + 1) * step
+    left = []
+    for shift in shifts:
+        tau = np.concatenate([_moved(motion.one, shift) for motion in motions])[keep] / sd
+        b = np.einsum("tnp,tn->p", W, tau)
+        left.append((tau**2).sum() - b @ _solved(A, b))
+    best = int(np.clip(np.argmin(left), 1, len(left) - 2))
+    before, here, after = left[best - 1 : best + 2]
+    return float(shifts[best] + 0.5 * step * (before - after) / (before - 2 * here + after))
+
+
+def _moved(one: Signals, shift: float) -> np.ndarray:
+    """Return efforts (T, n) as they were ``shift`` seconds later."""
+    return np.stack([np.interp(one.t + shift, one.t, column) for column in one.effort.T], 1)

@@ -197,6 +197,6 @@ def _screen(work: _Work, seconds: float) -> None:
         parts = [f"{1e3 * error:.1f} mrad at {h:g} s" for h, error in zip(seen.after.horizons, seen.after.total)]
         before = "" if seen.before is None else f" (model file {1e3 * seen.before.total[1]:.1f} at {seen.before.horizons[1]:g} s)"
         console.print(f"open loop: {', '.join(parts)}{before}", highlight=False)
-    console.print(f"friction: {fit.friction.name}", highlight=False, soft_wrap=True)
+    console.print(f"friction: {fit.friction.name}; efforts {1e3 * fit.delay:+.1f} ms late", highlight=False, soft_wrap=True)
     for note in work.warnings:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
