@@ -75,6 +75,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "."},
     packages=find_packages(include=["mbctrl", "mbctrl.*"]),
+    package_data={"mbctrl.calibrate": ["*.j2"]},
     install_requires=["numpy>=1.26,<3", "pydantic>=2.9,<3", "pyyaml>=6,<7", "rich>=13,<16", "tyro>=0.9,<2"],
     extras_require={**EXTRAS, "all": [need for extra in ("sim", "calibrate", "viewer") for need in EXTRAS[extra]]},
     entry_points={"console_scripts": ["mbctrl = mbctrl.cli.main:main"]},

@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
             "clarabel",
             "mujoco",
             "matplotlib",
+            "jinja2",
             "torch",
         },
     ),
