@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -178,9 +179,10 @@ def _provenance(work: _Work, file: Path, command: list[str]) -> dict[str, Any]:
 def _screen(work: _Work, seconds: float) -> None:
     fit = work.fit
     label, seen = work.validations[-1]
-    table = Table(title=f"{work.model.robot.name}: {label}, {seconds:.1f} s", title_justify="left")
-    for column in ("joint", "rms [N·m]", "model %", "fit %", "floor %", "armature", "friction", "damping"):
-        table.add_column(column, justify="left" if column == "joint" else "right")
+    title = f"{work.model.robot.name}, {label}: torque not explained, and what the planner's model got; {seconds:.1f} s"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("joint", "[N·m]", "model %", "fit %", "floor %", "armature", "friction", "damping"):
+        table.add_column(column, justify="left" if column == "joint" else "right", no_wrap=True)
     for j, joint in enumerate(fit.tree.joints):
         table.add_row(
             joint,
