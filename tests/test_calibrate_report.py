@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mbctrl.calibrate import figures
+from mbctrl.calibrate import figures, report
 from mbctrl.calibrate import report_tables as tables
 from mbctrl.calibrate.drawing import thin
 from mbctrl.calibrate.identify import Fit, Identification
@@ -145,7 +145,7 @@ def test_the_page_holds_the_fits_numbers_and_nothing_from_outside(tmp_path: Path
     assert {"020202020202", "2-1201", "2026-01-02", *fit.tree.joints} <= set(words)
     assert fit.friction.name in page.text and all(score.friction.name in page.text for score in fit.scores[:10])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
-    assert page.count("svg") == 5 and len(text) < 4e6
+    assert f"{abs(1e3 * fit.delay):.1f} ms" in page.text and page.count("svg") == 5 and len(text) < 4e6
 
 
 def test_nothing_is_loaded_from_elsewhere_and_ids_are_unique() -> None:
@@ -231,7 +231,8 @@ def test_nothing_is_written_when_a_figure_fails(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(RuntimeError, match="no ink"):
             write_report(path, arm2())
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "replace", fail)
+        patch.setattr("os.replace", fail)
+        patch.setattr("mbctrl.calibrate.report.render", lambda one: "half a page")
         with pytest.raises(RuntimeError, match="no ink"):
             write_report(path, arm2())
     assert path.read_text() == "the one before" and list(tmp_path.iterdir()) == [path]
@@ -249,6 +250,7 @@ def test_warnings_come_once_and_name_what_is_wrong() -> None:
     assert any(
         "second.csv moves in directions" in text and "7.0" in text for text in warnings(replace(one, validations=(("o", far),)))
     )
+    assert report.by_file(["a: x", "y", "a: z", "b: w"], ["a", "c"]) == [("", ["y", "b: w"]), ("a", ["x", "z"])]
     found = warnings(replace(one, validations=(("held out", worse),)))
     assert any("explains less" in text for text in found) and any("in open loop" in text for text in found)
     assert 'class="verdict good"' in arm2_page() and 'class="verdict"' in render(replace(one, validations=(("held out", far),)))

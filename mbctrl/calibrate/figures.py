@@ -15,8 +15,8 @@ from mbctrl.calibrate.friction import TERMS
 from mbctrl.calibrate.identify import Estimates, Fit
 from mbctrl.calibrate.recipe import FilterSpec
 from mbctrl.calibrate.recording import Recording
-from mbctrl.calibrate.signals import prepare
 from mbctrl.calibrate.report_tables import autocorrelation
+from mbctrl.calibrate.signals import prepare
 from mbctrl.calibrate.validate import Torques
 from mbctrl.dynamics.reference import ReferenceDynamics
 

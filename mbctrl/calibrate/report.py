@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mbctrl.base.files import write_whole
 from mbctrl.calibrate import figures
 from mbctrl.calibrate import report_tables as tables
 from mbctrl.calibrate.base_parameters import INERTIAL
@@ -65,14 +65,8 @@ class Report:
 def write_report(path: Path, report: Report) -> None:
     """Write a report's page; the file is there when it is complete, or not at all."""
     text = render(report)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
 
 
 def render(report: Report) -> str:
@@ -130,6 +124,15 @@ def warnings(report: Report) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def by_file(notes: list[str], files: list[str]) -> list[tuple[str, list[str]]]:
+    """Return notes of the fit, then of each file without the file's name in front of every one."""
+    groups: dict[str, list[str]] = {"": []}
+    for note in notes:
+        file = next((file for file in files if file and note.startswith(f"{file}: ")), "")
+        groups.setdefault(file, []).append(note.removeprefix(f"{file}: ") if file else note)
+    return [(file, group) for file, group in groups.items() if group]
+
+
 def _said(found: list[str], note: str) -> bool:
     return any(note in text for text in found)
 
@@ -143,8 +146,7 @@ def _name(file: str) -> str:
 
 
 def _header(report: Report) -> dict[str, Any]:
-    fit, said = report.fit, warnings(report)
-    held = report.held_out
+    fit, held, logs = report.fit, report.held_out, _logs(report)
     better = bool(held) and all(
         one.fit.relative.mean() < one.prior.relative.mean() and one.extrapolation < tables.FAR for one in held
     )
@@ -159,8 +161,8 @@ def _header(report: Report) -> dict[str, Any]:
         "steps": ", ".join(f"{name} {tables.number(took, 2)} s" for name, took in fit.seconds.items()),
         "verdict": verdict(report),
         "good": better,
-        "warnings": said,
-        "logs": _logs(report),
+        "notes": by_file(warnings(report), [log["file"] for log in logs]),
+        "logs": logs,
         "provenance": [(key, text, "\n" in text) for key, text in tables.flat(report.provenance)],
     }
 
@@ -230,6 +232,7 @@ def _fit(report: Report) -> dict[str, Any]:
         "confidence": tables.confidence(fit.estimates),
         "estimates": [("Links and rotors", links), ("Friction", friction)],
         "links": tables.link_rows(fit),
+        "delay": f"{abs(1e3 * fit.delay):.1f} ms {'after' if fit.delay >= 0 else 'before'}",
         "kinds": (*INERTIAL, "rotor"),
         "known": tables.known_rows(fit),
         "unknown": tables.unknown(fit),

@@ -135,8 +135,8 @@ def family_rows(fit: Fit) -> list[dict[str, Any]]:
         {
             "rank": rank,
             "name": score.friction.name,
-            "error": percent(score.error),
-            "spread": percent(score.spread),
+            "error": f"{100 * score.error:.2f}",
+            "spread": f"{100 * score.spread:.2f}",
             "chosen": score.friction == fit.friction,
         }
         for rank, score in (*shown[:_FAMILIES], *plain)
@@ -206,8 +206,8 @@ def link_rows(fit: Fit) -> list[dict[str, Any]]:
         pairs += [(old.friction[j], new.friction[j], False), (old.damping[j], new.damping[j], False)]
         texts = [{"old": number(a), "new": number(b), "dim": dim} for a, b, dim in pairs]
         com = {
-            "old": ", ".join(f"{1e3 * x + 0.0:.0f}" for x in old.com[j]),
-            "new": ", ".join(f"{1e3 * x + 0.0:.0f}" for x in new.com[j]),
+            "old": ", ".join(fixed(1e3 * x, 0) for x in old.com[j]),
+            "new": ", ".join(fixed(1e3 * x, 0) for x in new.com[j]),
             "dim": bool(known[1:4].mean() < KNOWN),
         }
         offset = number(fit.offset[j], 2)
