@@ -35,7 +35,8 @@ class Torques:
         moving: (T,) the samples errors are taken over.
         rms: (n,) residual [N·m] against what was measured, unfiltered.
         relative: (n,) residual over torque [1], unfiltered; the lower ``floor`` is what filtering alone leaves.
-        whiteness: (n,) [s] until the residual's autocorrelation falls below 0.2; the sampling period where it is white.
+        whiteness: (n,) [s] beyond which the residual's autocorrelation stays below 0.2 (two seconds are looked at); the
+            sampling period where it is white.
     """
 
     file: str
@@ -71,13 +72,13 @@ def torques(motion: Motion, predicted: np.ndarray, still: bool = False) -> Torqu
 
 
 def _memory(left: np.ndarray, rate: float) -> np.ndarray:
-    """Return for each column the time [s] until its autocorrelation falls below the threshold."""
+    """Return for each column the last lag [s], of two seconds at most, at which its autocorrelation is not small yet."""
     left = left - left.mean(0)
     size = 2 ** int(np.ceil(np.log2(2 * len(left))))
     power = np.abs(np.fft.rfft(left, size, axis=0)) ** 2
-    correlation = np.fft.irfft(power, size, axis=0)[: len(left)]
-    below = correlation < _WHITE * np.maximum(correlation[:1], 1e-30)
-    return np.maximum(below.argmax(0), 1) / rate
+    correlation = np.fft.irfft(power, size, axis=0)[: int(min(2.0 * rate, len(left) - 1)) + 1]
+    large = np.abs(correlation) >= _WHITE * np.maximum(correlation[:1], 1e-30)
+    return (len(large) - 1 - large[::-1].argmax(0) + 1) / rate
 
 
 @dataclass(frozen=True)
