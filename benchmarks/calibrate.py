@@ -12,6 +12,7 @@ import itertools
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import numpy as np
 from _common import Say, row
 
 from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.calibrate.checks import outliers
+from mbctrl.calibrate.friction import Friction
+from mbctrl.calibrate.gains import drive_gains
 from mbctrl.calibrate.identify import Fit, Identification
 from mbctrl.calibrate.inertia import pseudo_inertia
 from mbctrl.calibrate.logs import read_recording
+from mbctrl.calibrate.payload import identify_payload
+from mbctrl.calibrate.reading import read
 from mbctrl.calibrate.recipe import FitSpec, FrictionSpec, LogSpec, Recipe, load_recipe
-from mbctrl.calibrate.signals import Signals, prepare
+from mbctrl.calibrate.signals import Signals
 from mbctrl.calibrate.validate import validate_on
 from mbctrl.dynamics.load import Model, load_model
 
@@ -32,6 +36,9 @@ TRAIN, ROWS = "ur-20_02_10-30sec_12harm.csv", (635, 3510)
 MOVES, MOVES_ROWS = "ur-20_01_17-ptp_10_points.csv", (700, 4200)
 OTHER = "ur-20_02_12-50sec_12harm.csv"
 BROKEN = "ur-19_09_27-11_32_02.csv"
+PAIR, LOAD = ("ur-20_02_19_14harm50sec.csv", "ur-20_02_19_14harm50secLoad.csv"), 2.805  # [kg]
+PUBLISHED = np.array([10.0, 10.6956, 8.4566, 9.0029, 9.48, 10.1232])  # [N·m/A], beside the logs
+LEAN = Friction(("coulomb", "viscous", "offset", "root", "stribeck"), "dahl")
 SESSIONS = (
     "ur-20_01_17-ptp_10_points.csv",
     "ur-20_02_05-20sec_8harm.csv",
@@ -56,6 +63,8 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     out += bench.held_out()
     say("sessions")
     out += bench.coverage()
+    say("payload and drive gains")
+    out += bench.payload(quick)
     say("broken logs")
     return out + bench.refusals()
 
@@ -76,8 +85,8 @@ class _Bench:
         self.data, self.recipe, self.model = data, recipe, model
 
     def signals(self, name: str, rows: tuple[int, int] | None = None) -> Signals:
-        recording = read_recording(self.data / name, self.recipe.log, self.model.robot, rows)
-        return prepare(recording, self.recipe.filter, outliers(recording))
+        part = "" if rows is None else f":{rows[0]}-{rows[1]}"
+        return read(f"{self.data / name}{part}", self.recipe, Path("recipe"), self.model).signals
 
     def fit(self, *logs: Signals, spec: FitSpec | None = None) -> tuple[Fit, Identification, list[Any]]:
         one = Identification(self.model, spec or self.recipe.fit)
@@ -135,6 +144,29 @@ class _Bench:
         return [
             row("differences between 6 sessions within their 95 % intervals", share, "%", ">=", 85.0),
             row("the same, not too wide either", share, "%", "<=", 99.0),
+        ]
+
+    def payload(self, quick: bool) -> list[dict[str, Any]]:
+        """Return the known load's mass, and the gains that the known load gives."""
+        bare, loaded = ([self.signals(name)] for name in PAIR)
+        tree, gains, draws = self.model.tree, np.array(self.recipe.log.gains), 20 if quick else 100
+        found = identify_payload(bare, loaded, tree, draws=draws)
+        scale = PUBLISHED / gains
+        smaller = [
+            [replace(one, effort=one.effort * scale, measured=one.measured * scale) for one in logs] for logs in (bare, loaded)
+        ]
+        light = identify_payload(*smaller, tree, draws=draws)
+        drives = drive_gains(bare, loaded, tree, LOAD, start_gains=gains, friction=LEAN, draws=draws)
+        return [
+            row("load of 2.805 kg: mass", found.mass, "kg"),
+            row("load of 2.805 kg: standard error", found.mass_error, "kg"),
+            row("load of 2.805 kg: error of its mass", 100 * abs(found.mass / LOAD - 1), "%", "<=", 3.0),
+            row("the same with the gains published beside the logs", 100 * abs(light.mass / LOAD - 1), "%"),
+            *(row(f"gain of joint {j + 1}", gain, "N·m/A") for j, gain in enumerate(drives.gains)),
+            row(
+                "gains, largest difference from the controller's own", 100 * np.abs(drives.gains / gains - 1).max(), "%", "<=", 5.0
+            ),
+            row("gains, largest difference from those published", 100 * np.abs(drives.gains / PUBLISHED - 1).max(), "%", "<=", 5.0),
         ]
 
     def refusals(self) -> list[dict[str, Any]]:

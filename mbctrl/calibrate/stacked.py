@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mbctrl.calibrate.friction import Friction
-from mbctrl.calibrate.regression import Columns, Grams, Regression, regress
+from mbctrl.calibrate.regression import Columns, Grams, Motion, Regression, regress
 from mbctrl.calibrate.signals import CalibrationError, Signals
 from mbctrl.dynamics.reference import ReferenceDynamics
 
@@ -41,7 +41,7 @@ def stack(
             links = None if solution is None or "load" not in friction.terms else solution[: 10 * n].copy()
             if links is not None and carrying:
                 links[10 * link : 10 * link + 10] += solution[-TEN:]
-            single = regress([one], reference, friction, links, seconds)
+            single = regress([Motion(one, reference)], friction, links, seconds)
             body = single.W[:, :, 10 * link : 10 * link + 10] * float(carrying)
             parts.append((np.concatenate([single.W, body], 2), single.tau, single.keep, single.block + number))
             number += int(single.block.max()) + 1

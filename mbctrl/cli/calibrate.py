@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from mbctrl.base.errors import SpecError
 from mbctrl.base.extras import need
 
 console = Console()
-_EXCERPT = re.compile(r"(?P<path>.+):(?P<first>\d+)-(?P<last>\d+)")
 _FAR = 5.0  # extrapolation beyond which a held-out log says little
 
 
@@ -48,14 +46,6 @@ def calibrate(recipe: str, logs: Sequence[str], held_out: Sequence[str], out: Pa
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     console.print(f"use it: mbctrl run SCENARIO --robot.parameters {paths[0]}", highlight=False, soft_wrap=True)
     return 0
-
-
-def excerpt(text: str) -> tuple[Path, tuple[int, int] | None]:
-    """Return path and rows of ``LOG`` or ``LOG:FIRST-LAST``."""
-    found = _EXCERPT.fullmatch(text)
-    if found is None or Path(text).is_file():
-        return Path(text), None
-    return Path(found["path"]), (int(found["first"]), int(found["last"]))
 
 
 class _Work:
@@ -97,19 +87,12 @@ class _Work:
         return self.recipe.fit.estimator == "instrumental"
 
     def _read(self, log: str) -> tuple[Any, Any]:
-        from mbctrl.calibrate.checks import check_recording, outliers
-        from mbctrl.calibrate.logs import read_recording
-        from mbctrl.calibrate.signals import prepare
+        from mbctrl.calibrate.reading import read
 
-        path, rows = excerpt(log)
-        self.advance(f"reading {path.name}")
-        try:
-            recording = read_recording(path, self.recipe.log, self.model.robot, rows)
-        except SpecError as error:
-            raise SpecError(error.message, file=error.file or self.file, key=f"log.{error.key}") from None
-        notes = [*recording.warnings, *check_recording(recording, self.model.robot, self.model.tree)]
-        self.warnings += [note if path.name in note else f"{path.name}: {note}" for note in notes]
-        return recording, prepare(recording, self.recipe.filter, outliers(recording))
+        self.advance(f"reading {log}")
+        found = read(log, self.recipe, self.file, self.model)
+        self.warnings += found.notes
+        return found.recording, found.signals
 
     def _commands(self, identification: Any) -> list[Any]:
         """Return the recordings along the commanded motion, whose columns are the instruments."""

@@ -107,6 +107,32 @@ class Calibrate:
 
 
 @dataclass(frozen=True)
+class Payload:
+    """Weigh what an arm carries, from a log with it and a log without; or, given its mass, find the drive gains.
+
+    Logs are read as a recipe says; LOG:FIRST-LAST is an excerpt. The motions may be the same or different.
+
+    For example:
+
+        mbctrl payload ur10e_rtde bare.csv loaded.csv --frame tcp
+        mbctrl payload ur10e_rtde bare.csv loaded.csv --mass 2.805
+    """
+
+    recipe: Positional[str]
+    """A recipe by name (mbctrl list) or path."""
+    bare: Positional[str]
+    """A log of the bare arm."""
+    loaded: Positional[str]
+    """A log of the arm with its payload."""
+    mass: float | None = None
+    """[kg] of the payload, where it is known: prints the drive gains that make it weigh that."""
+    frame: str | None = None
+    """The frame the payload is described in; by default the last link's own."""
+    out: Path | None = None
+    """A parameter file of the arm with the payload, NAME_fitted.yaml."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Run a benchmark of the checkout's benchmarks/ folder and print its table.
 
@@ -140,6 +166,7 @@ Verb = (
     | Annotated[Show, subcommand("show", prefix_name=False)]
     | Annotated[Check, subcommand("check", prefix_name=False)]
     | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
+    | Annotated[Payload, subcommand("payload", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
     | Annotated[Doctor, subcommand("doctor", prefix_name=False)]
 )
@@ -181,6 +208,10 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.calibrate import calibrate
 
         return calibrate(verb.recipe, verb.logs, verb.validate, verb.out, ["mbctrl", *arguments])
+    if isinstance(verb, Payload):
+        from mbctrl.cli.payload import payload
+
+        return payload(verb.recipe, verb.bare, verb.loaded, verb.mass, verb.frame, verb.out)
     if isinstance(verb, Bench):
         from mbctrl.cli.bench import bench
 
