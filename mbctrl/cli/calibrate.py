@@ -162,14 +162,13 @@ def _provenance(work: _Work, file: Path, command: list[str]) -> dict[str, Any]:
 def _screen(work: _Work, seconds: float) -> None:
     fit = work.fit
     label, seen = work.validations[-1]
-    title = f"{work.model.robot.name}, {label}: torque not explained, and what the planner's model got; {seconds:.1f} s"
+    title = f"{label}: torque not explained [%], and the planner's model"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("joint", "[N·m]", "model %", "fit %", "floor %", "armature", "friction", "damping"):
+    for column in ("joint", "model", "fit", "floor", "armature", "friction", "damping"):
         table.add_column(column, justify="left" if column == "joint" else "right", no_wrap=True)
     for j, joint in enumerate(fit.tree.joints):
         table.add_row(
             joint,
-            f"{seen.fit.rms[j]:.3g}",
             *(f"{100 * values[j]:.1f}" for values in (seen.prior.relative, seen.fit.relative, seen.fit.floor)),
             *(f"{values[j]:.3g}" for values in (fit.tree.armature, fit.tree.friction, fit.tree.damping)),
         )

@@ -45,6 +45,49 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Excite:
+    """Find a motion that tells as much as it can about a robot's inertial and friction parameters.
+
+    A Fourier series within the robot's limits, clear of itself and the floor, with smooth ramps from home and back; leaves
+    trajectory.csv, excitation.yaml and plots.png, and says how well each parameter will be known, before the arm moves.
+
+    For example:
+
+        mbctrl excite panda
+        mbctrl excite ur10e --duration 30 --margin 0.6 --clearance 0.05
+        mbctrl excite arm2 --torque-noise 0.05 0.02 --no-armature
+        mbctrl excite my_arm.urdf --no-floor --rate 250 --repeats 5 --out runs/mine
+    """
+
+    robot: Positional[str]
+    """A robot by name (mbctrl list), or a path to a robot.yaml, MJCF or URDF file."""
+    duration: float = 20.0
+    """Period [s]."""
+    harmonics: int = 5
+    """Harmonics of the base frequency 1 / duration; at least 2."""
+    repeats: int = 1
+    """Periods in trajectory.csv; noise averages out over them."""
+    rate: float | None = None
+    """Samples a second [Hz]; by default the robot's control rate."""
+    margin: float = 0.8
+    """Share of each limit (position, velocity, acceleration, jerk, torque) that may be used."""
+    clearance: float = 0.02
+    """Least distance of the arm's links from each other, the base and the floor [m]."""
+    floor: bool = True
+    """Keep clear of the plane z = 0."""
+    armature: bool = True
+    """Count rotor inertias among the parameters."""
+    torque_noise: tuple[float, ...] = ()
+    """Standard deviation of a torque sample [N·m], one for all or one a joint; by default 2 % of the effort limits."""
+    iterations: int = 150
+    """Of the optimiser; more take longer and find a little more."""
+    seed: int = 0
+    """Of the random motions the search starts from."""
+    out: Path | None = None
+    """Folder to make; by default runs/excite-ROBOT-DATE-TIME."""
+
+
+@dataclass(frozen=True)
 class List:
     """List the robots, controllers, scenarios and parameter files that are found.
 
@@ -162,6 +205,7 @@ class Doctor:
 
 Verb = (
     Annotated[Run, subcommand("run", prefix_name=False)]
+    | Annotated[Excite, subcommand("excite", prefix_name=False)]
     | Annotated[List, subcommand("list", prefix_name=False)]
     | Annotated[Show, subcommand("show", prefix_name=False)]
     | Annotated[Check, subcommand("check", prefix_name=False)]
@@ -212,6 +256,11 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.payload import payload
 
         return payload(verb.recipe, verb.bare, verb.loaded, verb.mass, verb.frame, verb.out)
+    if isinstance(verb, Excite):
+        from mbctrl.cli.excite import excite
+
+        settings = {key: value for key, value in vars(verb).items() if key not in ("robot", "out")}
+        return excite(verb.robot, settings, verb.out)
     if isinstance(verb, Bench):
         from mbctrl.cli.bench import bench
 

@@ -71,7 +71,7 @@ def plot_run(log: Log, plans: Log, robot: Robot, path: Path, title: str) -> None
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
         figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
         parts = figure.subfigures(1, 2, width_ratios=(1.25, 1), wspace=0.02) if rows else [figure]
-        _draw_joints(parts[0], log, robot)
+        draw_joints(parts[0], log, robot)
         if rows:
             _draw_side(parts[1], rows)
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -97,7 +97,8 @@ def _time_axis(axes: Axes, t: np.ndarray, label: bool = True) -> None:
 # --- joints -----------------------------------------------------------------------------------------------------------
 
 
-def _draw_joints(figure: Figure | SubFigure, log: Log, robot: Robot) -> None:
+def draw_joints(figure: Figure | SubFigure, log: Log, robot: Robot) -> None:
+    """Draw the log's ``q``, ``v`` and ``tau`` of every joint, one panel each, with their limits."""
     limits = robot.limits
     velocity, effort = np.asarray(limits.velocity), np.asarray(limits.effort)
     panels = (
