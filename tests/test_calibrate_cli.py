@@ -131,7 +131,7 @@ def test_a_wrong_log_is_one_line(here: Path, capsys: pytest.CaptureFixture) -> N
     for cell, expected in (("nan", "line 701"), ("1e300", "line 701"), ("oops", "line 701")):
         (here / "bad.csv").write_text("\n".join([*lines[:700], ",".join([*cells[:2], cell, *cells[3:]]), *lines[701:]]) + "\n")
         said = complaint(["calibrate", "recipe.yaml", "bad.csv", "--out", "out"], capsys)
-        assert "bad.csv" in said and expected in said and ("column q2" in said or "column 3" in said), said
+        assert "bad.csv" in said and expected in said and ("column 'q2'" in said or "column 3" in said), said
     assert "nowhere.csv: no such file" in complaint(["calibrate", "recipe.yaml", "nowhere.csv", "--out", "out"], capsys)
     assert "unknown calibration 'nothing'" in complaint(["calibrate", "nothing", "monday.csv", "--out", "out"], capsys)
     assert "--mass" in complaint(["payload", "recipe.yaml", "monday.csv", "loaded.csv", "--mass", "-1"], capsys)
