@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbctrl.base.parameters import load_parameters, write_parameters
 from mbctrl.calibrate.body import compose, weld
 from mbctrl.calibrate.excite import ExciteSettings, excite
 from mbctrl.calibrate.friction import Friction
@@ -15,6 +17,7 @@ from mbctrl.calibrate.inertia import feasible, from_cholesky, proper, to_cholesk
 from mbctrl.calibrate.payload import identify_payload
 from mbctrl.calibrate.recipe import FilterSpec, FitSpec, FrictionSpec
 from mbctrl.calibrate.recording import Recording
+from mbctrl.calibrate.result import fitted_parameters
 from mbctrl.calibrate.signals import prepare
 from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters, with_links
@@ -46,7 +49,7 @@ def _truth(name: str, seed: int) -> tuple[RigidTree, np.ndarray]:
     return replace(with_links(tree, links), armature=armature), friction
 
 
-def _log(tree: RigidTree, friction: np.ndarray, motion: tuple[np.ndarray, ...], rng: np.random.Generator) -> Recording:
+def log_of(tree: RigidTree, friction: np.ndarray, motion: tuple[np.ndarray, ...], rng: np.random.Generator) -> Recording:
     """Return what a real logger would have of the motion: quantised, jittered, with holes, efforts late and noisy."""
     t, q, v, a = motion
     torque = ReferenceDynamics(tree).inverse_dynamics(q, v, a)
@@ -67,7 +70,7 @@ def one_seed(job: tuple[str, int, tuple[np.ndarray, ...]]) -> dict[str, Any]:
     model, rng = load_model(name), np.random.default_rng(seed + 10_000)
     tree, friction = _truth(name, seed)
     spec = FilterSpec(motion=15.0)
-    log = _log(tree, friction, motion, rng)
+    log = log_of(tree, friction, motion, rng)
     first = Identification(model, FitSpec(friction=FrictionSpec(memory="dahl", length=2e-4), draws=20))
     late = first.fit([first.motion(prepare(log, spec))]).delay
     # Efforts are moved by the delay found, and everything is fitted anew.
@@ -81,7 +84,7 @@ def one_seed(job: tuple[str, int, tuple[np.ndarray, ...]]) -> dict[str, Any]:
     found = fit.x[11 * tree.n :].reshape(tree.n, -1)[:, :2]
     total = [row[:, 0] + 0.5 * row[:, 1] for row in (found, friction)]  # at half a radian a second
     body = compose(LOAD, np.array([0.02, -0.01, 0.08]), 4e-3 * np.eye(3))
-    heavy = _log(weld(tree, tree.n - 1, body), friction, motion, rng)
+    heavy = log_of(weld(tree, tree.n - 1, body), friction, motion, rng)
     heavy = replace(heavy, effort=np.stack([np.interp(heavy.t + late, heavy.t, x) for x in heavy.effort.T], 1))
     weighed = identify_payload([bare], [prepare(heavy, spec)], model.tree, friction=FAMILY, draws=10)
     return {
@@ -92,3 +95,13 @@ def one_seed(job: tuple[str, int, tuple[np.ndarray, ...]]) -> dict[str, Any]:
         "impossible": int((~feasible(fit.links)).sum()),
         "payload": abs(weighed.mass / LOAD - 1),
     }
+
+
+def calibrated(name: str, truth: Path, path: Path, seed: int = 0) -> None:
+    """Write to ``path`` what a calibration makes of a log of the arm whose parameters ``truth`` holds."""
+    model, tree = load_model(name), load_model(name, load_parameters(truth)).tree
+    friction = np.stack([tree.friction, tree.damping, np.zeros(tree.n)], 1)
+    log = log_of(tree, friction, motion_of(name), np.random.default_rng(seed))
+    one = Identification(model, FitSpec())
+    fit = one.fit([one.motion(prepare(log, FilterSpec(motion=15.0)))])
+    write_parameters(path, fitted_parameters(model, fit, {"log": "simulated"}))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from _common import Say, row
+from _recover import calibrated
 from _tracking import AHEAD, tracked
 
 SCENARIO, ROBOT = "ur10e_reach_sim", "ur10e"
@@ -24,15 +25,19 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     """Return the figures of each belief over three seeds (quick: one).
 
     The simulated arm is always the same; the planner and the arm's own gravity compensation go by the belief: the model's
-    own parameters, or the true ones, as after a perfect calibration. $MBCTRL_FITTED adds a parameter file of yours.
+    own parameters; what a calibration makes of a simulated log of the true arm, excited as ``mbctrl excite`` says; or the
+    truth. $MBCTRL_FITTED adds a parameter file of yours.
     """
     seeds = 1 if quick else 3
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.yaml"
         write_truth(path)
-        beliefs = {"nominal": None, "true": str(path)}
+        say("calibrating from a simulated log")
+        fitted = Path(folder) / "calibrated.yaml"
+        calibrated(ROBOT, path, fitted)
+        beliefs = {"before calibration": None, "after calibration": str(fitted), "true": str(path)}
         if os.environ.get("MBCTRL_FITTED"):
-            beliefs["fitted"] = os.environ["MBCTRL_FITTED"]
+            beliefs["your"] = os.environ["MBCTRL_FITTED"]
         jobs = [
             (SCENARIO, seed, {"robot": {"name": ROBOT, "parameters": belief}, "backend": {"parameters": str(path)}})
             for belief in beliefs.values()
