@@ -25,6 +25,7 @@ class Drive:
     Args:
         commanded: for each command the index of its joint.
         stiffness, damping: gains of a joint impedance, one a command [N·m/rad], [N·m·s/rad]; None: commands are torques.
+            They may be Scalars (parameters that change at run time).
         effort_limit: bounds of the total actuator torque [N·m]; None: unbounded.
         gravity_compensation: the arm adds its own gravity torque.
         integrator: ``euler`` or ``leapfrog``.
@@ -32,8 +33,8 @@ class Drive:
     """
 
     commanded: Sequence[int]
-    stiffness: Sequence[float] | None
-    damping: Sequence[float] | None
+    stiffness: Sequence[Any] | None
+    damping: Sequence[Any] | None
     effort_limit: Sequence[float] | None
     gravity_compensation: bool
     integrator: str
@@ -98,7 +99,7 @@ class TracedStep:
                 total = u[k] + own
                 load[i] = load[i] + (total if bound is None else minimum(bound, maximum(-bound, total)))
                 continue
-            stiffness, damping = float(drive.stiffness[k]), float(drive.damping[k])
+            stiffness, damping = _plain(drive.stiffness[k]), _plain(drive.damping[k])
             total = stiffness * (u[k] - q[i] - h * v[i]) - damping * v[i] + own
             servo = h * (damping + h * stiffness)
             if bound is not None:
@@ -129,6 +130,10 @@ def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
     for c in reversed(coefficients[:-1]):
         total = total * x + c
     return total
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, (int, np.generic)) else value
 
 
 def _present(value: Any) -> bool:

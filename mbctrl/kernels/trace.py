@@ -20,6 +20,8 @@ from mbctrl.tasks.task import Task
 
 PARAMETERS = ("mass", "com", "inertia", "armature", "damping", "friction")
 """Fields of the tree that may be inputs of a program, in the order of their values."""
+GAINS = {"servo_stiffness": "stiffness", "servo_damping": "damping"}
+"""Gains of an impedance drive that may be inputs as well, one value a command, and the Drive's fields they stand for."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,19 @@ def trace_dynamics(tree: RigidTree, drive: Drive, parameters: Sequence[str] = ()
 
     Args:
         tree, drive: the arm.
-        parameters: names of PARAMETERS to take as inputs, shapes as the tree's.
+        parameters: names of PARAMETERS and GAINS to take as inputs, shapes as the tree's and the drive's.
         each: every sample has its own parameters (domain randomisation); else one set for the rollout.
     """
     graph = Graph()
     kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
     h = kinds["uniform"].array("dt", 1)[0]
     source = kinds["sample" if each else "uniform"]
-    given = {name: source.array(name, *np.shape(getattr(tree, name))) for name in parameters}
-    step = TracedStep(TracedArm(replace(tree, **given)), drive, h)
+    shapes = {name: np.shape(getattr(drive, GAINS[name]) if name in GAINS else getattr(tree, name)) for name in parameters}
+    given = {name: source.array(name, *shape) for name, shape in shapes.items()}
+    gains = {GAINS[name]: tuple(values) for name, values in given.items() if name in GAINS}
+    tree = replace(tree, **{name: values for name, values in given.items() if name not in GAINS})
+    drive = replace(drive, **gains)
+    step = TracedStep(TracedArm(tree), drive, h)
     carry = _Carry(graph, step, len(drive.commanded))
     return _finished(carry, *carry.advance(), kinds)
 
