@@ -201,7 +201,7 @@ def made_up(seed: int = 0, steps: int = 600, noise: float = 0.1) -> tuple[Regres
     columns = Columns(2, Friction())
     W, truth = rng.normal(size=(steps, 2, columns.count)), rng.normal(size=columns.count)
     tau = W @ truth + noise * np.array([1.0, 5.0]) * rng.normal(size=(steps, 2))
-    return Regression(columns, W, tau, np.ones(steps, bool), np.arange(steps) // 20), truth
+    return Regression(columns, W, tau, np.ones((steps, 2), bool), np.arange(steps) // 20), truth
 
 
 def test_gram_matrices_give_the_weighted_least_squares_of_the_rows() -> None:

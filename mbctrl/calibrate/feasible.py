@@ -40,7 +40,7 @@ class Restrictions:
 
 def compressed(data: Grams, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Return R (r, p), y (r,) and c with ``|R x - y|² + c`` the mean squared residual of x in units of ``sd``."""
-    count = float(data.count.sum()) * len(sd)
+    count = float(data.count.sum())
     A = np.einsum("bnpq,n->pq", data.G, 1 / sd**2, optimize=True) / count
     b = np.einsum("bnp,n->p", data.g, 1 / sd**2, optimize=True) / count
     c = float((data.s / sd**2).sum() / count)
@@ -93,7 +93,7 @@ def fit_feasible(
     for index, (low, high) in (restrictions.bounds if restrictions else {}).items():
         limits += [x[index] >= low] if low is not None else []
         limits += [x[index] <= high] if high is not None else []
-    count = float(data.count.sum()) * n
+    count = float(data.count.sum())
     for index, (mean, spread) in (restrictions.priors if restrictions else {}).items():
         cost += cp.square((x[index] - mean) / spread) / count
     problem = cp.Problem(cp.Minimize(cost), limits)

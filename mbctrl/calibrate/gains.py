@@ -128,7 +128,7 @@ class _Fit:
     def __init__(self, data: Grams, given: dict[int, float], share: np.ndarray | None = None) -> None:
         share = np.ones(len(data)) if share is None else share
         self.G, self.g = np.tensordot(share, data.G, 1), np.tensordot(share, data.g, 1)
-        self.s, self.count = share @ data.s, float(share @ data.count)
+        self.s, self.count = share @ data.s, share @ data.count
         self.given = given
         self.free = np.setdiff1d(np.arange(self.g.shape[1]), list(given))
         self.x = np.zeros(self.g.shape[1])

@@ -309,7 +309,7 @@ class Identification:
         The prior's precision is the curvature of its divergence at the fit; rotors and friction, which have none, count as
         known where they are estimated at all.
         """
-        n, count = columns.n, float(data.count.sum()) * columns.n
+        n, count = columns.n, float(data.count.sum())
         precision = np.einsum("bnpq,n->pq", data.G, 1 / sd**2, optimize=True)
         out = np.zeros(columns.count)
         out[free[free >= 10 * n]] = 1.0

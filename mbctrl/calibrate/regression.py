@@ -51,8 +51,9 @@ class Columns:
 class Regression:
     """Stacked equations of one or several recordings.
 
-    ``W`` (T, n, p) and ``tau`` (T, n) [N·m], both through the effort's filter; ``keep`` (T,) the samples to fit;
-    ``block`` (T,) number of the stretch of time a sample belongs to.
+    ``W`` (T, n, p) and ``tau`` (T, n) [N·m], both through the effort's filter; ``keep`` (T, n) the
+    equations to fit: a joint that stands still has a friction that can be anything; ``block`` (T,) number of the stretch of
+    time a sample belongs to.
     """
 
     columns: Columns
@@ -120,7 +121,7 @@ def stacked(motions: Sequence[Motion], W: Sequence[np.ndarray], columns: Columns
         block.append(part + number)
         number += int(part.max()) + 1
     tau = np.concatenate([motion.one.effort for motion in motions])
-    keep = np.concatenate([motion.one.moving for motion in motions])
+    keep = np.concatenate([motion.one.sliding for motion in motions])
     return Regression(columns, np.concatenate(W), tau, keep, np.concatenate(block))
 
 
@@ -136,7 +137,7 @@ def blocks_of(one: Signals, seconds: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Grams:
-    """Per block and joint: ``G`` (B, n, p, p) = W'W, ``g`` (B, n, p) = W'tau, ``s`` (B, n) = tau'tau, ``count`` (B,) samples."""
+    """Per block and joint: ``G`` (B, n, p, p) = W'W, ``g`` (B, n, p) = W'tau, ``s`` (B, n) = tau'tau, ``count`` (B, n) samples."""
 
     G: np.ndarray
     g: np.ndarray
@@ -162,13 +163,12 @@ class Grams:
 
 def grams(regression: Regression) -> Grams:
     """Return the Gram matrices of the samples kept, blocks without any left out."""
-    keep = regression.keep
-    block, W, tau = regression.block[keep], regression.W[keep], regression.tau[keep]
     found = []
-    for b in np.unique(block):
-        rows = block == b
-        w, y = W[rows].transpose(1, 0, 2), tau[rows].T  # (n, t, p), (n, t)
-        found.append((w.transpose(0, 2, 1) @ w, (w.transpose(0, 2, 1) @ y[:, :, None])[..., 0], (y**2).sum(1), rows.sum()))
+    for b in np.unique(regression.block[regression.keep.any(1)]):
+        rows = regression.block == b
+        keep = regression.keep[rows].T  # (n, t)
+        w, y = regression.W[rows].transpose(1, 0, 2) * keep[:, :, None], regression.tau[rows].T * keep
+        found.append((w.transpose(0, 2, 1) @ w, (w.transpose(0, 2, 1) @ y[:, :, None])[..., 0], (y**2).sum(1), keep.sum(1)))
     return Grams(*(np.stack(parts) for parts in zip(*found)))
 
 
@@ -203,26 +203,26 @@ def squares(data: Grams, x: np.ndarray) -> np.ndarray:
 
 def weighted(data: Grams, rounds: int = 6) -> tuple[np.ndarray, np.ndarray]:
     """Return the estimate (p,) and each joint's residual sd (n,) [N·m], weights and estimate refined in turn."""
-    sd = np.sqrt(np.maximum(data.s.sum(0) / data.count.sum(), 1e-12))
+    count = np.maximum(data.count.sum(0), 1)
+    sd = np.sqrt(np.maximum(data.s.sum(0) / count, 1e-12))
     whole = data.merged(np.zeros(len(data), int))
     for _ in range(rounds):
         x = solve(whole, sd)
-        sd = np.sqrt(np.maximum(squares(whole, x).sum(0) / data.count.sum(), 1e-12))
+        sd = np.sqrt(np.maximum(squares(whole, x).sum(0) / count, 1e-12))
     return x, sd
 
 
 def huber(regression: Regression, columns: np.ndarray, rounds: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Return the estimate and joint sds with residuals beyond 1.345 sd weighing less; for logs with outliers."""
-    keep = regression.keep
-    W, tau = regression.W[keep][:, :, columns], regression.tau[keep]
-    weight = np.ones_like(tau)
+    keep, W, tau = regression.keep, regression.W[:, :, columns], regression.tau
+    weight = keep.astype(float)
     for _ in range(rounds):
         A = np.einsum("tnp,tnq,tn->pq", W, W, weight, optimize=True)
         b = np.einsum("tnp,tn->p", W, weight * tau)
         x = np.linalg.lstsq(A, b, rcond=_RANK)[0]
         left = tau - W @ x
-        sd = 1.4826 * np.median(np.abs(left), axis=0)  # of a normal distribution
-        weight = np.minimum(1.0, _HUBER * sd / np.maximum(np.abs(left), 1e-12)) / sd**2
+        sd = 1.4826 * np.nanmedian(np.where(keep, np.abs(left), np.nan), axis=0)  # of a normal distribution
+        weight = keep * np.minimum(1.0, _HUBER * sd / np.maximum(np.abs(left), 1e-12)) / sd**2
     return x, sd
 
 
@@ -238,10 +238,10 @@ def instrumental(regression: Regression, instruments: np.ndarray, columns: np.nd
     Source: Janot, Vandanjon and Gautier, "A generic instrumental variable approach for industrial robot
     identification" (2014).
     """
-    keep = regression.keep
-    W, Z = regression.W[keep][:, :, columns], instruments[keep][:, :, columns]
-    A = np.einsum("tnp,tnq,n->pq", Z, W, 1 / sd**2, optimize=True)
-    b = np.einsum("tnp,tn,n->p", Z, regression.tau[keep], 1 / sd**2, optimize=True)
+    weight = regression.keep / sd**2
+    W, Z = regression.W[:, :, columns], instruments[:, :, columns]
+    A = np.einsum("tnp,tnq,tn->pq", Z, W, weight, optimize=True)
+    b = np.einsum("tnp,tn->p", Z, regression.tau * weight, optimize=True)
     return np.linalg.lstsq(A, b, rcond=_RANK)[0]
 
 
@@ -277,15 +277,15 @@ def delay(motions: Sequence[Motion], regression: Regression, columns: np.ndarray
     and its neighbours gives the answer. Friction that turns more slowly than the model's looks like a delay: it means
     something only with a family that has memory where the joints do.
     """
-    keep = regression.keep
     A, _ = _weighed(grams(replace(regression, tau=np.zeros_like(regression.tau))).only(columns), sd)
     A = A.sum(0)
-    W = regression.W[keep][:, :, columns] / sd[:, None]
+    scale = regression.keep / sd
+    W = regression.W[:, :, columns] * scale[:, :, None]
     step = 1.0 / motions[0].one.rate / 2
     shifts = np.arange(-np.ceil(reach / step), np.ceil(reach / step) + 1) * step
     left = []
     for shift in shifts:
-        tau = np.concatenate([_moved(motion.one, shift) for motion in motions])[keep] / sd
+        tau = np.concatenate([_moved(motion.one, shift) for motion in motions]) * scale
         b = np.einsum("tnp,tn->p", W, tau)
         left.append((tau**2).sum() - b @ _solved(A, b))
     best = int(np.clip(np.argmin(left), 1, len(left) - 2))

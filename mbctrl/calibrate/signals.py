@@ -32,7 +32,8 @@ class Signals:
     """Filtered signals of one recording, (T, n) each, SI units.
 
     ``effort`` is filtered, ``measured`` is not; ``moving`` (T,) is False where the whole arm stands still (friction can then
-    be anything below its limit) and at samples the checks call outliers; ``parts`` are stretches without a gap.
+    be anything below its limit) and at samples the checks call outliers; ``sliding`` (T, n) is that of each joint, which may
+    stand still while others move; ``parts`` are stretches without a gap.
     """
 
     joints: tuple[str, ...]
@@ -43,6 +44,7 @@ class Signals:
     effort: np.ndarray
     measured: np.ndarray
     moving: np.ndarray
+    sliding: np.ndarray
     parts: tuple[tuple[int, int], ...]
     order: int
     motion: float  # [Hz]
@@ -91,7 +93,8 @@ def prepare(recording: Recording, spec: FilterSpec, outliers: np.ndarray | None 
     v = v if recording.v is None else _filtered(v, parts, spec.order, motion, recording.rate)
     a = _filtered(_derivative(recording.t, v, parts), parts, spec.order, motion, recording.rate)
     effort = _filtered(recording.effort, parts, spec.order, cutoff, recording.rate)
-    moving = _moving(recording.t, v) & inside & keep
+    moving = _moving(recording.t, np.abs(v).max(1)) & inside & keep
+    sliding = np.stack([_moving(recording.t, np.abs(speed)) for speed in v.T], 1) & moving[:, None]
     return Signals(
         recording.joints,
         recording.t,
@@ -101,6 +104,7 @@ def prepare(recording: Recording, spec: FilterSpec, outliers: np.ndarray | None 
         effort,
         recording.effort,
         moving,
+        sliding,
         parts,
         spec.order,
         motion,
@@ -153,9 +157,9 @@ def _even(recording: Recording, outliers: np.ndarray) -> tuple[Recording, np.nda
     return replace(recording, **joined, lines=lines, parts=tuple(cuts)), ~outliers[near]
 
 
-def _moving(t: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return (T,): False where no joint moves for longer than a pause."""
-    moves = np.flatnonzero((np.abs(v) > _STILL).any(1))
+def _moving(t: np.ndarray, speed: np.ndarray) -> np.ndarray:
+    """Return (T,): False where ``speed`` (T,) is next to nothing for longer than a pause."""
+    moves = np.flatnonzero(speed > _STILL)
     out = np.zeros(len(t), bool)
     if len(moves):
         breaks = np.flatnonzero(np.diff(t[moves]) > _PAUSE)

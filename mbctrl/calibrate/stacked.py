@@ -54,7 +54,7 @@ def summed(data: Grams, sd: np.ndarray) -> Grams:
     """Return the joints' Gram matrices weighted and added up, as if of one joint: draws then cost a sixth."""
     G = np.einsum("bnpq,n->bpq", data.G, 1 / sd**2, optimize=True)[:, None]
     g = np.einsum("bnp,n->bp", data.g, 1 / sd**2, optimize=True)[:, None]
-    return Grams(G, g, (data.s / sd**2).sum(1)[:, None], data.count * len(sd))
+    return Grams(G, g, (data.s / sd**2).sum(1)[:, None], data.count.sum(1)[:, None])
 
 
 def reduced(data: Grams, own: slice) -> Grams:
@@ -66,7 +66,7 @@ def reduced(data: Grams, own: slice) -> Grams:
     if rest.any():
         cross = A[own][:, rest] @ inverse(A[rest][:, rest])
         S, y = S - cross @ A[rest][:, own], y - cross @ b[rest]
-    return Grams(((S + S.T) / 2)[None, None], y[None, None], data.s.sum(0)[None], np.array([data.count.sum()]))
+    return Grams(((S + S.T) / 2)[None, None], y[None, None], data.s.sum(0)[None], data.count.sum(0)[None])
 
 
 def blind(curvature: np.ndarray, whole: np.ndarray) -> np.ndarray:
