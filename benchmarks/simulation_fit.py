@@ -122,7 +122,7 @@ def theirs(one: Problem, twin: Twin | None = None) -> dict[str, Any]:
             states=one.first[None] if whole else twin.windows.start.T,
         )
         command = [
-            os.environ.get("MBCTRL_SYSID_PYTHON", sys.executable),
+            os.environ.get("MBCTRL_SYSID_PYTHON") or sys.executable,
             str(Path(__file__).with_name("_sysid_peer.py")),
             str(path),
         ]
