@@ -30,7 +30,7 @@ from mbctrl.kernels.llvm import SLOTS, Sampling, words
 from mbctrl.kernels.native import Native, Pool, lanes_of
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.step import Drive
-from mbctrl.kernels.trace import PARAMETERS, Goal, Traced, trace_dynamics, trace_objective
+from mbctrl.kernels.trace import GAINS, PARAMETERS, Goal, Traced, trace_dynamics, trace_objective
 from mbctrl.planning.noise import normals, philox
 from mbctrl.tasks.features import RobotScales
 from mbctrl.tasks.task import build_task
@@ -759,6 +759,25 @@ def test_parameters_may_be_inputs(name: str, each: bool, pool: Pool) -> None:
         together = run(mixed)
         for k in range(samples):
             assert np.array_equal(together[:, :, k], alone[k % len(trees)][:, :, k]), k
+
+
+@pytest.mark.parametrize("name", ["arm2", "panda"])
+def test_a_servos_gains_may_be_inputs(name: str, pool: Pool) -> None:
+    _, tree = model_of(name)
+    drive, samples = servo(tree), 40
+    traced = trace_dynamics(tree, drive, tuple(GAINS), each=True)
+    assert [key for key in traced.sample] == list(GAINS)
+    native = Native(traced.program, np.float64)
+    q, v, tau = random_states(tree, samples)
+    x, u = np.concatenate([q.T, v.T]), (q + 0.2 * tau).T[None].repeat(4, 0)
+    factor = np.repeat([[0.5], [2.0]], len(drive.commanded), 0)
+    gains = np.concatenate([drive.stiffness, drive.damping])[:, None] * np.linspace(1, factor[:, 0], samples, axis=1)
+    found = rolled(native, pool, x, u, sample=gains)
+    for k in (0, 20, samples - 1):
+        stiffness, damping = np.split(gains[:, k], 2)
+        other = replace(drive, stiffness=tuple(stiffness), damping=tuple(damping))
+        expected = rolled(Native(trace_dynamics(tree, other).program, np.float64), pool, x, u)
+        assert relative((found - x)[1:, :, k], (expected - x)[1:, :, k]) < 1e-9, k
 
 
 # --- lanes, blocks and threads ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mbctrl.calibrate.shooting import CONVERGED, ROUGHLY, Normal, Point, Search
 from mbctrl.calibrate.signals import CalibrationError
 from mbctrl.calibrate.simulate import Twin
 
+_SETTLED = 0.02  # weights that change by less need no further round
 _BLOCKS = 8  # fewer blocks of time than this say nothing about their spread: windows stand in
 
 
@@ -111,8 +112,12 @@ def fit(
         best = found if found[3][-1] < best[3][-1] else best
     search.check(best[0], best[2])
     for left in reversed(range(rounds)):
+        before = search.sd
         if noise is None:
             search.sd = np.maximum(search.rms(best[2]), 1e-3 * search.sd)
+        if not exact and np.abs(search.sd / before - 1).max() < _SETTLED:
+            best = search.descend(best[0], best[1])
+            break
         if exact:
             search.correct(best)
         best = search.descend(best[0], best[1], ROUGHLY if left else CONVERGED)
@@ -168,11 +173,13 @@ def _covariance(search: Search, normal: Normal, inner: np.ndarray, cost: float) 
     scale = np.outer(scale, scale)
     bread = scale * np.linalg.pinv(scale * whole, rcond=1e-12, hermitian=True)
     left = max(normal.count - len(keep) - search.nuisances * search.twin.count, 1)
-    plain = np.diag(bread) * cost / left
-    without = scale * np.linalg.pinv(scale * (whole - A), rcond=1e-12, hermitian=True) if blocks > 1 else bread[None]
-    moved = (without @ g[..., None])[..., 0]  # by how much the estimate would, one step, without that block
-    robust = moved.T @ moved * (blocks - 1) / blocks + bread * normal.information[keep] @ bread
-    # The larger error, with the jackknife's correlations.
-    wider = np.sqrt(np.maximum(plain / np.maximum(np.diag(robust), 1e-300), 1.0))
-    out[np.ix_(keep, keep)] = robust * np.outer(wider, wider)
+    plain = bread * cost / left
+    robust = bread * normal.information[keep] @ bread
+    if blocks > 1:
+        without = scale * np.linalg.pinv(scale * (whole - A), rcond=1e-12, hermitian=True)
+        moved = (without @ g[..., None])[..., 0]  # by how much the estimate would, one step, without that block
+        robust = robust + moved.T @ moved * (blocks - 1) / blocks
+    both = plain + robust
+    wider = np.sqrt(np.maximum(np.diag(plain), np.diag(robust)) / np.diag(both))
+    out[np.ix_(keep, keep)] = both * np.outer(wider, wider)
     return out, blocks

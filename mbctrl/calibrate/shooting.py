@@ -131,17 +131,20 @@ class Search:
         shifts[1 + P :] += _DIFFERENCE * np.eye(m)[:, None]
         residual = self._prior_residual(z)
         slope = np.array([0.0 if one.prior is None else 1.0 / one.prior[1] for one in self.unknowns]) * self.slopes(z)
+        scale = 1 / (self.sd[:, None, None] * reach[:, None])
         shapes = ((P, P), (P,), (P, m), (m, m), (m,))
         out = Normal(*(np.zeros((W, *shape)) for shape in shapes), slope * residual, slope**2, np.zeros(len(self.sd)), 0)
         for part, seen in self.twin.roll(self.everything(points), self._moved(shifts), self.samples):
             with np.errstate(over="ignore", invalid="ignore"):
-                r = self._residual(seen, part)
-            r = r.reshape(-1, *r.shape[2:]).transpose(2, 1, 0)  # (w, L, R)
-            out.squares = out.squares + ((r[:, 0].reshape(len(r), -1, len(self.sd)) * self.sd) ** 2).sum((0, 1))
-            out.count += r[:, 0].size
-            J, r = (r[:, 1:] - r[:, :1]) / reach[:, None], r[:, 0]
-            weight = np.minimum(1.0, _HUBER / np.maximum(np.abs(r), 1e-12)) if self.huber else 1.0
-            J, r = J * np.sqrt(weight)[:, None] if self.huber else J, r * np.sqrt(weight)
+                r = self._residual(seen[:, :, :1], part)[:, :, 0]  # (S, C, w)
+                J = (seen[:, :, 1:] - seen[:, :, :1]) * scale
+            out.squares = out.squares + ((r * self.sd[:, None]) ** 2).sum((0, 2))
+            out.count += r.size
+            if self.huber:
+                weight = np.minimum(1.0, np.sqrt(_HUBER / np.maximum(np.abs(r), 1e-12)))
+                J, r = J * weight[:, :, None], r * weight
+            J = np.ascontiguousarray(J.reshape(-1, *J.shape[2:]).transpose(2, 1, 0))  # (w, L - 1, R)
+            r = r.reshape(-1, r.shape[2]).T
             JJ, Jr = J @ J.swapaxes(1, 2), (J @ r[..., None])[..., 0]
             out.A[part], out.B[part], out.C[part] = JJ[:, :P, :P], JJ[:, :P, P:], JJ[:, P:, P:] + np.eye(m)
             out.g[part], out.h[part] = Jr[:, :P], Jr[:, P:] + shift[part]

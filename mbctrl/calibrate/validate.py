@@ -32,7 +32,7 @@ class Torques:
         file: the recording.
         t: (T,) [s].
         measured, filtered, predicted: (T, n) [N·m].
-        moving: (T,) the samples errors are taken over.
+        moving: (T,) the samples errors are taken over, where the joint in question slides.
         rms: (n,) residual [N·m] against what was measured, unfiltered.
         relative: (n,) residual over torque [1], unfiltered; the lower ``floor`` is what filtering alone leaves.
         whiteness: (n,) [s] beyond which the residual's autocorrelation stays below 0.2 (two seconds are looked at); the
@@ -52,11 +52,15 @@ class Torques:
 
 
 def torques(motion: Motion, predicted: np.ndarray, still: bool = False) -> Torques:
-    """Return how well torques (T, n) [N·m] explain a recording; ``still``: standstill counts too."""
+    """Return how well torques (T, n) [N·m] explain a recording while its joints move; ``still``: standstill counts too.
+
+    A joint that never moves is judged while the others do.
+    """
     one = motion.one
-    moving = np.ones(len(one.t), bool) if still else one.moving
-    left, torque = (one.measured - predicted)[moving], one.measured[moving]
+    counts = np.ones_like(one.sliding) if still else one.sliding | (one.moving[:, None] & ~one.sliding.any(0))
+    left, torque, noise = (x * counts for x in (one.measured - predicted, one.measured, one.measured - one.effort))
     size = np.linalg.norm(torque, axis=0)
+    moving = counts.any(1)
     return Torques(
         one.file,
         one.t,
@@ -64,9 +68,9 @@ def torques(motion: Motion, predicted: np.ndarray, still: bool = False) -> Torqu
         one.effort,
         predicted,
         moving,
-        np.sqrt((left**2).mean(0)),
+        np.sqrt((left**2).sum(0) / counts.sum(0)),
         np.linalg.norm(left, axis=0) / size,
-        np.linalg.norm((one.measured - one.effort)[moving], axis=0) / size,
+        np.linalg.norm(noise, axis=0) / size,
         _memory((one.effort - predicted)[moving], one.rate),
     )
 
