@@ -32,20 +32,17 @@ def tx40_rows(folder: Path) -> list[dict[str, Any]]:
     interleaved, start = (t / 0.25).astype(int) % 2 == 0, t < 0.7 * t[-1]
     out = []
     for label, train in (("every other quarter of a second", interleaved), ("first 70 %", start)):
-        trained, held = (one.motion(replace(signals, moving=signals.moving & part)) for part in (train, ~train))
+        trained, held = (one.motion(_part(signals, part)) for part in (train, ~train))
         fit = one.fit([trained])
         seen = validate_on(fit, held, [trained])
         out += [
             row(f"TX40, trained on {label}: held out, mean of six joints", 100 * seen.fit.relative.mean(), "%"),
-            row(f"TX40, trained on {label}: leverage of the held-out part", _leverage(trained, held, fit.base), "x"),
         ]
     return out
 
 
-def _leverage(trained: Any, held: Any, base: np.ndarray) -> float:
-    seen, here = (motion.rigid[motion.one.moving][:, :, base] for motion in (trained, held))
-    gram, other = (np.einsum("tnp,tnq->pq", W, W, optimize=True) / len(W) for W in (seen, here))
-    return float(np.trace(np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ other) / len(base))
+def _part(signals: Signals, part: np.ndarray) -> Signals:
+    return replace(signals, moving=signals.moving & part, sliding=signals.sliding & part[:, None])
 
 
 def _model(folder: Path, scratch: Path) -> Model:

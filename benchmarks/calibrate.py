@@ -1,7 +1,8 @@
 """Calibration of a real UR10e from its logs, beside the model file, plain least squares and published figures.
 
 The logs are not part of the project: name their folder in $MBCTRL_DATA (it holds ``ur10e/`` from the repository
-shamilmamedov/dynamic_calibration, commit 11af40e; Mamedov and Mikhel 2020, doi 10.3389/frobt.2020.571574).
+shamilmamedov/dynamic_calibration, commit 11af40e; Mamedov and Mikhel 2020, doi 10.3389/frobt.2020.571574; and, where it is
+there, ``tx40/`` from thanhndv212/figaroh-plus, commit c3b5172).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from _common import Say, row
+from _tx40 import tx40_rows
 
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.calibrate.friction import Friction
@@ -66,7 +68,12 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     say("payload and drive gains")
     out += bench.payload(quick)
     say("broken logs")
-    return out + bench.refusals()
+    out += bench.refusals()
+    other = data.parent / "tx40"
+    if other.is_dir():
+        say("another arm")
+        out += tx40_rows(other)
+    return out
 
 
 def _command(data: Path) -> list[dict[str, Any]]:
