@@ -96,6 +96,20 @@ def test_a_payload_is_weighed_and_gains_are_found(here: Path, capsys: pytest.Cap
     assert [float(value) for value in gains.split(",")] == pytest.approx([2.0, 0.5], rel=0.02)
 
 
+def test_the_simulation_route_finds_a_delay(here: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = np.genfromtxt("monday.csv", delimiter=",", skip_header=1)
+    late = 0.004
+    for column in (5, 6):
+        rows[:, column] = np.interp(rows[:, 0] + late, rows[:, 0], rows[:, column])  # logged before it takes effect
+    np.savetxt("early.csv", rows, delimiter=",", header=HEADER, comments="", fmt="%.9g")
+    (here / "recipe.yaml").write_text(RECIPE + "simulate:\n  parameters: {delay: {}, elbow.armature: {}}\n")
+    assert main(["calibrate", "recipe.yaml", "early.csv", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    assert float(said.split("simulated: delay ")[1].split(" ")[0]) == pytest.approx(late, abs=1e-3)
+    names = [estimate.name for estimate in load_parameters("out/arm2_fitted.yaml").estimates]
+    assert "delay (simulated)" in names and "elbow.armature (simulated)" in names
+
+
 def complaint(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     """Return the one line a command that must fail prints, and hold that it left nothing behind."""
     before = sorted(Path().rglob("*"))
@@ -118,6 +132,8 @@ def complaint(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ("  draws: 40", "  drawz: 40", "fit.drawz: unknown key; did you mean 'draws'?"),
         ("  draws: 40", "  parameters: {shoulder.Ixz: {free: true}}", "shoulder.Ixz: free, but without influence"),
         ("unit: A}", "unit: V}", "log.effort: unit"),
+        ("  draws: 40", "  draws: 40\nsimulate: {parameters: {dely: {}}}", "unknown parameter 'dely'; did you mean 'delay'?"),
+        ("  draws: 40", "  draws: 40\nsimulate: {mode: impedance, parameters: {delay: {}}}", "arm2 takes torques"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(here: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture) -> None:

@@ -27,6 +27,7 @@ from mbctrl.calibrate.regression import (
     grams,
     huber,
     instrumental,
+    moved_efforts,
     regress,
     weighted,
 )
@@ -192,6 +193,10 @@ class Identification:
             self._warnings(names, known, restrictions),
             dict(self._seconds),
         )
+
+    def undelayed(self, motions: Sequence[Motion], fit: Fit) -> list[Motion]:
+        """Return recordings whose efforts are moved back by the delay a fit to them found."""
+        return [Motion(moved_efforts(motion.one, fit.delay), self.reference) for motion in motions]
 
     def names(self, family: Friction) -> tuple[str, ...]:
         """Return the names of all parameters in the order of ``Columns``."""

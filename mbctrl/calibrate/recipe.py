@@ -164,6 +164,7 @@ class FitSpec(Spec):
     with the logged command as the instrument. ``links``, ``rotors``: fit the links' parameters, the rotors' inertias; else
     they are the model's. ``friction``: a family, or ``auto``: chosen by cross-validation inside the training log.
     ``prior_weight``: of the links' divergence from the model, against a mean squared residual in units of the noise.
+    ``delay``: ``remove`` moves efforts by the delay a first fit finds and fits anew; ``report`` only says what it is.
     ``block`` [s]: stretch of time drawn as one by the bootstrap. ``parameters``: by name (``elbow_joint.armature``) or
     pattern (``*.coulomb``).
     """
@@ -173,11 +174,36 @@ class FitSpec(Spec):
     rotors: bool = True
     friction: Literal["auto"] | FrictionSpec = "auto"
     prior_weight: Positive = 1e-3
+    delay: Literal["report", "remove"] = "report"
     block: Positive = 1.0  # [s]
     draws: Annotated[int, Field(ge=20, le=10000, strict=True)] = 200
     confidence: Annotated[Number, Field(gt=0.5, lt=1.0)] = 0.95
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     parameters: Mapping[str, ParameterSpec] = Field(default_factory=dict)
+
+
+class SimulatedParameter(Spec):
+    """What a recipe says of a parameter of the simulation route; see ``mbctrl.calibrate.unknowns``."""
+
+    start: Number | None = None
+    bounds: tuple[Number, Number] | None = None
+    prior: tuple[Number, Positive] | None = None
+    free: bool = True
+
+
+class SimulateSpec(Spec):
+    """What the simulation route fits after the regression, for what the regression cannot see.
+
+    ``parameters``: by name or pattern, such as ``delay``, ``*.stiffness``, ``payload.mass``. ``mode``: what drove the arm in
+    the log, ``torque`` (its efforts) or ``impedance`` (its commands, through the robot's joint impedance). ``window`` [s] of
+    each piece of the log that is simulated; ``starts``: descents from different points; ``huber``: for logs with outliers.
+    """
+
+    parameters: Mapping[str, SimulatedParameter] = Field(min_length=1)
+    mode: Literal["torque", "impedance"] = "torque"
+    window: Positive = 0.4  # [s]
+    starts: Annotated[int, Field(ge=1, le=50, strict=True)] = 1
+    huber: bool = False
 
 
 class Recipe(Spec):
@@ -187,6 +213,7 @@ class Recipe(Spec):
     log: LogSpec
     filter: FilterSpec = FilterSpec()
     fit: FitSpec = FitSpec()
+    simulate: SimulateSpec | None = None
 
 
 def load_recipe(name: str) -> tuple[Recipe, Path]:

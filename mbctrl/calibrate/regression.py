@@ -285,7 +285,7 @@ def delay(motions: Sequence[Motion], regression: Regression, columns: np.ndarray
     shifts = np.arange(-np.ceil(reach / step), np.ceil(reach / step) + 1) * step
     left = []
     for shift in shifts:
-        tau = np.concatenate([_moved(motion.one, shift) for motion in motions]) * scale
+        tau = np.concatenate([moved_efforts(motion.one, shift).effort for motion in motions]) * scale
         b = np.einsum("tnp,tn->p", W, tau)
         left.append((tau**2).sum() - b @ _solved(A, b))
     best = int(np.clip(np.argmin(left), 1, len(left) - 2))
@@ -293,6 +293,7 @@ def delay(motions: Sequence[Motion], regression: Regression, columns: np.ndarray
     return float(shifts[best] + 0.5 * step * (before - after) / (before - 2 * here + after))
 
 
-def _moved(one: Signals, shift: float) -> np.ndarray:
-    """Return efforts (T, n) as they were ``shift`` seconds later."""
-    return np.stack([np.interp(one.t + shift, one.t, column) for column in one.effort.T], 1)
+def moved_efforts(one: Signals, shift: float) -> Signals:
+    """Return a recording with the efforts of ``shift`` seconds later."""
+    later = [np.stack([np.interp(one.t + shift, one.t, x) for x in efforts.T], 1) for efforts in (one.effort, one.measured)]
+    return replace(one, effort=later[0], measured=later[1])

@@ -11,7 +11,7 @@ from scipy.optimize import lsq_linear
 from mbctrl.calibrate.friction import Friction
 from mbctrl.calibrate.recipe import FilterSpec
 from mbctrl.calibrate.recording import Recording
-from mbctrl.calibrate.regression import Columns, equations
+from mbctrl.calibrate.regression import Columns, Motion
 from mbctrl.calibrate.signals import CalibrationError, prepare
 from mbctrl.calibrate.unknowns import Unknown
 from mbctrl.dynamics.actuation import Impedance
@@ -59,7 +59,8 @@ def regressed(
     inputs, targets = [], []
     for recording in recordings:
         one = prepare(recording, spec)
-        W = equations(one, reference, _FRICTION, None)
+        motion = Motion(one, reference)
+        W = motion.equations(motion.terms(_FRICTION, None))
         left = one.effort - W @ known
         if dynamics.compensated:
             left += one.smooth(np.stack([reference.gravity(q) for q in one.q]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class _Work:
 
         self.recipe, self.file, self.advance = recipe, file, advance
         self.model = load_model(recipe.robot, file=file, key="robot")
-        self.recordings: list[Any] = []
+        self.refined: Any = None
         self.warnings: list[str] = []
 
     def run(self, logs: Sequence[str], held_out: Sequence[str]) -> _Work:
@@ -69,11 +70,24 @@ class _Work:
         identification = Identification(self.model, self.recipe.fit, self.advance)
         motions = [identification.motion(signals) for _, signals in trained]
         self.fit = identification.fit(motions, self._commands(identification) if self._instrumental else ())
+        others = [(recording, identification.motion(signals)) for recording, signals in others]
+        if self.recipe.fit.delay == "remove" or (self.recipe.simulate and "delay" in self.recipe.simulate.parameters):
+            self.advance("fitting without the delay")
+            late = self.fit
+            motions = identification.undelayed(motions, late)
+            others = [(recording, *identification.undelayed([motion], late)) for recording, motion in others]
+            self.fit = replace(identification.fit(motions), delay=late.delay)
         self.warnings += self.fit.warnings
+        if self.recipe.simulate is not None:
+            from mbctrl.calibrate.refine import refine
+
+            spec = self.recipe.simulate
+            self.refined = refine(self.model, self.fit, spec, self.trained, self.recipe.filter, self.advance)
+            self.fit = replace(self.fit, tree=self.refined.tree)
         self.advance("validating")
         self.validations = [("training log", validate_on(self.fit, motions[0], motions))]
-        for recording, signals in others:
-            seen = validate_on(self.fit, identification.motion(signals), motions)
+        for recording, motion in others:
+            seen = validate_on(self.fit, motion, motions)
             self.validations.append((f"held out: {Path(recording.file).name}", seen))
             if seen.extrapolation > _FAR:
                 self.warnings.append(
@@ -96,8 +110,6 @@ class _Work:
 
     def _commands(self, identification: Any) -> list[Any]:
         """Return the recordings along the commanded motion, whose columns are the instruments."""
-        from dataclasses import replace
-
         from mbctrl.calibrate.signals import prepare
 
         if any(recording.command is None for recording in self.trained):
@@ -117,6 +129,8 @@ def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: floa
     name = work.model.robot.name
     provenance = _provenance(work, file, command)
     parameters = fitted_parameters(work.model, work.fit, provenance)
+    if work.refined is not None:
+        parameters = parameters.model_copy(update={"estimates": (*parameters.estimates, *work.refined.estimates())})
     paths = [out / f"{name}_fitted.yaml", out / f"{name}_fitted.xml", out / f"{name}_report.html"]
     write_parameters(paths[0], parameters)
     export_mjcf(work.recipe.robot, parameters, paths[1])
@@ -182,5 +196,9 @@ def _screen(work: _Work, seconds: float) -> None:
         before = "" if seen.before is None else f" (model file {1e3 * seen.before.total[1]:.1f} at {seen.before.horizons[1]:g} s)"
         console.print(f"open loop: {', '.join(parts)}{before}", highlight=False)
     console.print(f"friction: {fit.friction.name}; efforts {1e3 * fit.delay:+.1f} ms late", highlight=False, soft_wrap=True)
+    if work.refined is not None:
+        own = work.refined.fit
+        for name, unit, value, (low, high) in zip(own.names, own.units, own.values, own.interval()):
+            console.print(f"simulated: {name} {value:.4g} {unit}, 95 % {low:.4g} to {high:.4g}", highlight=False)
     for note in work.warnings:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
