@@ -96,6 +96,19 @@ def test_a_payload_is_weighed_and_gains_are_found(here: Path, capsys: pytest.Cap
     assert [float(value) for value in gains.split(",")] == pytest.approx([2.0, 0.5], rel=0.02)
 
 
+def test_encoder_offsets_are_corrected(here: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("monday", "tuesday"):
+        rows = np.genfromtxt(f"{name}.csv", delimiter=",", skip_header=1)
+        rows[:, 1:3] += [1.0, -1.5]  # [deg]
+        np.savetxt(f"{name}.csv", rows, delimiter=",", header=HEADER, comments="", fmt="%.9g")
+    (here / "recipe.yaml").write_text(RECIPE.replace("fit:\n", "fit:\n  encoders: free\n"))
+    assert main(["calibrate", "recipe.yaml", "monday.csv", "--validate", "tuesday.csv", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "encoder offsets [mrad]: shoulder +" in said
+    offsets = {e.name: e.value for e in load_parameters("out/arm2_fitted.yaml").estimates if e.name.endswith(".encoder")}
+    assert [np.degrees(offsets[f"{joint}.encoder"]) for joint in ("shoulder", "elbow")] == pytest.approx([1.0, -1.5], abs=0.25)
+
+
 def test_the_simulation_route_finds_a_delay(here: Path, capsys: pytest.CaptureFixture) -> None:
     rows = np.genfromtxt("monday.csv", delimiter=",", skip_header=1)
     late = 0.004

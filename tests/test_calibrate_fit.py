@@ -385,6 +385,18 @@ def test_a_delay_is_found_to_the_millisecond(late: float) -> None:
     assert fit.delay == pytest.approx(late, abs=1e-3)
 
 
+def test_encoder_offsets_are_found_or_not_claimed() -> None:
+    model = model_of("ur10e")
+    truth, off = heavier(model.tree), np.array([0.03, 0.02, -0.015, 0.01, 0.02, 0.0])
+    log = log_of(truth, Friction(memory="tanh"), friction_of(truth, 3.0), seconds=40.0)
+    fit, one, motions = fitted(model, replace(log, q=log.q + off))
+    found = one.encoders(motions, fit)
+    assert not np.isfinite(found.value[[0, 5]]).any()  # about the vertical, and a wrist that carries nothing
+    assert (np.abs(found.value - off) < 4 * found.se)[[1, 2, 3]].all() and (found.se[[1, 2, 3]] < 3e-3).all()
+    again = one.fit(one.rezeroed(motions, found))
+    assert (again.sd < 1.001 * fit.sd).all()
+
+
 def test_another_motion_is_predicted_where_the_model_file_is_not() -> None:
     model = model_of("ur10e")
     truth, family = heavier(model.tree), Friction(memory="tanh")

@@ -133,7 +133,12 @@ def test_an_existing_folder_is_not_touched(tmp_path, capsys):
 
 def test_real_time_run_and_ctrl_c_keep_the_log(tmp_path):
     command = [sys.executable, "-m", "mbctrl.cli.main", "run", "panda_reach_sim", "--out", "run", "--duration", "60", *QUICK]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def heed() -> None:  # where the tests run in the background, children would inherit that Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 90
     while not (tmp_path / "run" / "plans.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -106,17 +106,17 @@ def run_of(base: dict[str, Any], **changes: Any) -> RunConfig:
 
 
 def controller(run: RunConfig, backend: str, file: Any = None) -> MpcController:
-    if run.robot not in MODELS:
-        MODELS[run.robot] = load_model(run.robot)
+    if run.robot.name not in MODELS:
+        MODELS[run.robot.name] = load_model(run.robot.name)
     run = RunConfig.model_validate(merged(run.model_dump(), {"dynamics": {"backend": backend}}))
-    found = MpcController(run, MODELS[run.robot], file)
+    found = MpcController(run, MODELS[run.robot.name], file)
     assert backend == "auto" or found.backend.name == backend
     return found
 
 
 def request_of(run: RunConfig, seed: int = 0, stamp: float = 0.3, latency: float = 0.02) -> PlanRequest:
     """Return a request from a moving state near home, obstacles on the move."""
-    rng, robot = np.random.default_rng(seed), MODELS[run.robot].robot
+    rng, robot = np.random.default_rng(seed), MODELS[run.robot.name].robot
     x = np.concatenate([robot.home + rng.uniform(-0.3, 0.3, robot.nq), rng.uniform(-1, 1, robot.nq)])
     return PlanRequest(stamp, x, obstacles=tuple(o.at(stamp + 0.7) for o in run.obstacles), latency=latency)
 

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from mbctrl.base.errors import suggest
 from mbctrl.calibrate.base_parameters import BaseParameters
 from mbctrl.calibrate.choose import Score, choose
+from mbctrl.calibrate.encoders import EncoderOffsets, encoder_offsets
 from mbctrl.calibrate.feasible import Restrictions, fit_feasible
 from mbctrl.calibrate.friction import UNITS, Friction, families
 from mbctrl.calibrate.inertia import basis, proper, pseudo_inertia
@@ -193,6 +194,18 @@ class Identification:
             self._warnings(names, known, restrictions),
             dict(self._seconds),
         )
+
+    def encoders(self, motions: Sequence[Motion], fit: Fit) -> EncoderOffsets:
+        """Return the encoders' offsets that recordings show, friction being of a fit's family (its load term left out)."""
+        plain = replace(fit.friction, terms=tuple(term for term in fit.friction.terms if term != "load"))
+        return encoder_offsets(
+            motions, self.reference, plain, self.base.columns, seconds=self.spec.block, draws=self.spec.draws, seed=self.spec.seed
+        )
+
+    def rezeroed(self, motions: Sequence[Motion], offsets: EncoderOffsets) -> list[Motion]:
+        """Return recordings with positions corrected by the offsets that are known."""
+        shift = np.nan_to_num(offsets.value)
+        return [Motion(replace(motion.one, q=motion.one.q - shift), self.reference) for motion in motions]
 
     def undelayed(self, motions: Sequence[Motion], fit: Fit) -> list[Motion]:
         """Return recordings whose efforts are moved back by the delay a fit to them found."""

@@ -164,9 +164,9 @@ class FitSpec(Spec):
     with the logged command as the instrument. ``links``, ``rotors``: fit the links' parameters, the rotors' inertias; else
     they are the model's. ``friction``: a family, or ``auto``: chosen by cross-validation inside the training log.
     ``prior_weight``: of the links' divergence from the model, against a mean squared residual in units of the noise.
-    ``delay``: ``remove`` moves efforts by the delay a first fit finds and fits anew; ``report`` only says what it is.
-    ``block`` [s]: stretch of time drawn as one by the bootstrap. ``parameters``: by name (``elbow_joint.armature``) or
-    pattern (``*.coulomb``).
+    ``encoders``: ``free`` finds the encoders' zeros too, corrects positions by them and fits anew. ``delay``: ``remove``
+    moves efforts by the delay a first fit finds and fits anew; ``report`` only says what it is. ``block`` [s]: stretch of
+    time drawn as one by the bootstrap. ``parameters``: by name (``elbow_joint.armature``) or pattern (``*.coulomb``).
     """
 
     estimator: Literal["weighted", "huber", "instrumental"] = "weighted"
@@ -174,6 +174,7 @@ class FitSpec(Spec):
     rotors: bool = True
     friction: Literal["auto"] | FrictionSpec = "auto"
     prior_weight: Positive = 1e-3
+    encoders: Literal["fixed", "free"] = "fixed"
     delay: Literal["report", "remove"] = "report"
     block: Positive = 1.0  # [s]
     draws: Annotated[int, Field(ge=20, le=10000, strict=True)] = 200

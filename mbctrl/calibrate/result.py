@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mbctrl.base.parameters import Estimate, FittedParameters
+from mbctrl.calibrate.encoders import EncoderOffsets
 from mbctrl.calibrate.identify import Fit
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.parameters import parameters_of
@@ -27,6 +28,17 @@ def fitted_parameters(model: Model, fit: Fit, provenance: dict[str, object]) -> 
     law |= {"length": family.length} if family.memory == "dahl" else {}
     law |= {"speed": family.speed} if "stribeck" in family.terms else {}
     return own.model_copy(update={"friction_model": law, "estimates": (*_estimated(fit), *_kept(fit)), "provenance": provenance})
+
+
+def encoder_estimates(offsets: EncoderOffsets) -> list[Estimate]:
+    """Return encoder offsets as a parameter file has them."""
+    rows = zip(offsets.joints, offsets.value, offsets.se)
+    return [
+        Estimate(name=f"{joint}.encoder", unit="rad", value=float(value), standard_error=float(se), status="free")
+        if np.isfinite(value)
+        else Estimate(name=f"{joint}.encoder", unit="rad", value=0.0, status="unidentified")
+        for joint, value, se in rows
+    ]
 
 
 def _estimated(fit: Fit) -> list[Estimate]:

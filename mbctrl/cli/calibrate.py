@@ -58,6 +58,7 @@ class _Work:
         self.recipe, self.file, self.advance = recipe, file, advance
         self.model = load_model(recipe.robot, file=file, key="robot")
         self.refined: Any = None
+        self.encoders: Any = None
         self.warnings: list[str] = []
 
     def run(self, logs: Sequence[str], held_out: Sequence[str]) -> _Work:
@@ -76,6 +77,13 @@ class _Work:
             late = self.fit
             motions = identification.undelayed(motions, late)
             others = [(recording, *identification.undelayed([motion], late)) for recording, motion in others]
+            self.fit = replace(identification.fit(motions), delay=late.delay)
+        if self.recipe.fit.encoders == "free":
+            self.advance("encoder offsets")
+            late = self.fit
+            self.encoders = identification.encoders(motions, late)
+            motions = identification.rezeroed(motions, self.encoders)
+            others = [(recording, *identification.rezeroed([motion], self.encoders)) for recording, motion in others]
             self.fit = replace(identification.fit(motions), delay=late.delay)
         self.warnings += self.fit.warnings
         if self.recipe.simulate is not None:
@@ -122,13 +130,15 @@ def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: floa
     """Write parameter file, model and report; every one whole or not at all."""
     from mbctrl.base.parameters import write_parameters
     from mbctrl.calibrate.report import Report, write_report
-    from mbctrl.calibrate.result import fitted_parameters
+    from mbctrl.calibrate.result import encoder_estimates, fitted_parameters
     from mbctrl.dynamics.write import export_mjcf, export_urdf
 
     out.mkdir(parents=True, exist_ok=True)
     name = work.model.robot.name
     provenance = _provenance(work, file, command)
     parameters = fitted_parameters(work.model, work.fit, provenance)
+    if work.encoders is not None:
+        parameters = parameters.model_copy(update={"estimates": (*parameters.estimates, *encoder_estimates(work.encoders))})
     if work.refined is not None:
         parameters = parameters.model_copy(update={"estimates": (*parameters.estimates, *work.refined.estimates())})
     paths = [out / f"{name}_fitted.yaml", out / f"{name}_fitted.xml", out / f"{name}_report.html"]
@@ -196,6 +206,12 @@ def _screen(work: _Work, seconds: float) -> None:
         before = "" if seen.before is None else f" (model file {1e3 * seen.before.total[1]:.1f} at {seen.before.horizons[1]:g} s)"
         console.print(f"open loop: {', '.join(parts)}{before}", highlight=False)
     console.print(f"friction: {fit.friction.name}; efforts {1e3 * fit.delay:+.1f} ms late", highlight=False, soft_wrap=True)
+    if work.encoders is not None:
+        zeros = [
+            f"{joint} {1e3 * value:+.2f} ± {1e3 * se:.2f}" if value == value else f"{joint} not identified"
+            for joint, value, se in zip(work.encoders.joints, work.encoders.value, work.encoders.se)
+        ]
+        console.print(f"encoder offsets [mrad]: {', '.join(zeros)}", highlight=False, markup=False, soft_wrap=True)
     if work.refined is not None:
         own = work.refined.fit
         for name, unit, value, (low, high) in zip(own.names, own.units, own.values, own.interval()):
