@@ -35,7 +35,7 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
         say("calibrating from a simulated log")
         fitted = Path(folder) / "calibrated.yaml"
         calibrated(ROBOT, path, fitted)
-        beliefs = {"before calibration": None, "after calibration": str(fitted), "true": str(path)}
+        beliefs = {"nominal": None, "calibrated": str(fitted), "true": str(path)}
         if os.environ.get("MBCTRL_FITTED"):
             beliefs["your"] = os.environ["MBCTRL_FITTED"]
         jobs = [
