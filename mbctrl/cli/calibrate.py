@@ -63,46 +63,59 @@ class _Work:
 
     def run(self, logs: Sequence[str], held_out: Sequence[str]) -> _Work:
         from mbctrl.calibrate.identify import Identification
-        from mbctrl.calibrate.validate import validate_on
+        from mbctrl.calibrate.signals import CalibrationError
 
         trained, others = [self._read(log) for log in logs], [self._read(log) for log in held_out]
-        self.trained = [recording for recording, _ in trained]
-        self.others = [recording for recording, _ in others]
+        self.trained, self.others = ([recording for recording, _ in pairs] for pairs in (trained, others))
         identification = Identification(self.model, self.recipe.fit, self.advance)
-        motions = [identification.motion(signals) for _, signals in trained]
-        self.fit = identification.fit(motions, self._commands(identification) if self._instrumental else ())
-        others = [(recording, identification.motion(signals)) for recording, signals in others]
+        motions, held = ([identification.motion(signals) for _, signals in pairs] for pairs in (trained, others))
+        try:
+            motions, held = self._fit(identification, motions, held)
+            self.warnings += self.fit.warnings
+            self._refine()
+        except CalibrationError as error:
+            raise CalibrationError(error.message, file=error.file or self.file, key=error.key) from None
+        self._validate(motions, held)
+        return self
+
+    def _fit(self, identification: Any, motions: list[Any], held: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Fit, correct the recordings by what that tells of delay and encoders, fit anew; return the recordings."""
+        commands = self._commands(identification) if self._instrumental else ()
+        self.fit = identification.fit(motions, commands)
+        late = self.fit.delay
         if self.recipe.fit.delay == "remove" or (self.recipe.simulate and "delay" in self.recipe.simulate.parameters):
             self.advance("fitting without the delay")
-            late = self.fit
-            motions = identification.undelayed(motions, late)
-            others = [(recording, *identification.undelayed([motion], late)) for recording, motion in others]
-            self.fit = replace(identification.fit(motions), delay=late.delay)
+            motions, held = (identification.undelayed(group, self.fit) for group in (motions, held))
+            self.fit = replace(identification.fit(motions, commands), delay=late)
         if self.recipe.fit.encoders == "free":
             self.advance("encoder offsets")
-            late = self.fit
-            self.encoders = identification.encoders(motions, late)
-            motions = identification.rezeroed(motions, self.encoders)
-            others = [(recording, *identification.rezeroed([motion], self.encoders)) for recording, motion in others]
-            self.fit = replace(identification.fit(motions), delay=late.delay)
-        self.warnings += self.fit.warnings
-        if self.recipe.simulate is not None:
-            from mbctrl.calibrate.refine import refine
+            self.encoders = identification.encoders(motions, self.fit)
+            motions, held = (identification.rezeroed(group, self.encoders) for group in (motions, held))
+            self.fit = replace(identification.fit(motions, commands), delay=late)
+        return motions, held
 
-            spec = self.recipe.simulate
-            self.refined = refine(self.model, self.fit, spec, self.trained, self.recipe.filter, self.advance)
-            self.fit = replace(self.fit, tree=self.refined.tree)
+    def _refine(self) -> None:
+        if self.recipe.simulate is None:
+            return
+        from mbctrl.calibrate.refine import refine
+
+        spec = self.recipe.simulate
+        self.refined = refine(self.model, self.fit, spec, self.trained, self.recipe.filter, self.advance)
+        self.fit = replace(self.fit, tree=self.refined.tree)
+
+    def _validate(self, motions: list[Any], held: list[Any]) -> None:
+        from mbctrl.calibrate.validate import validate_on
+
         self.advance("validating")
         self.validations = [("training log", validate_on(self.fit, motions[0], motions))]
-        for recording, motion in others:
-            seen = validate_on(self.fit, motion, motions)
-            self.validations.append((f"held out: {Path(recording.file).name}", seen))
+        for recording, motion in zip(self.others, held):
+            seen, name = validate_on(self.fit, motion, motions), Path(recording.file).name
+            self.validations.append((f"held out: {name}", seen))
             if seen.extrapolation > _FAR:
                 self.warnings.append(
-                    f"{Path(recording.file).name} moves in directions the training logs hardly did (leverage "
-                    f"{seen.extrapolation:.1f} times theirs): its errors say little of the model"
+                    f"{name} moves in directions the training logs hardly did (leverage {seen.extrapolation:.1f} times "
+                    "theirs): its errors say little of the model"
                 )
-        return self
 
     @property
     def _instrumental(self) -> bool:
