@@ -218,7 +218,9 @@ def _screen(work: _Work, seconds: float) -> None:
         parts = [f"{1e3 * error:.1f} mrad at {h:g} s" for h, error in zip(seen.after.horizons, seen.after.total)]
         before = "" if seen.before is None else f" (model file {1e3 * seen.before.total[1]:.1f} at {seen.before.horizons[1]:g} s)"
         console.print(f"open loop: {', '.join(parts)}{before}", highlight=False)
-    console.print(f"friction: {fit.friction.name}; efforts {1e3 * fit.delay:+.1f} ms late", highlight=False, soft_wrap=True)
+    side = "after" if fit.delay > 0 else "before"
+    timing = f"efforts {1e3 * abs(fit.delay):.1f} ms {side} the motion they go with"
+    console.print(f"friction: {fit.friction.name}; {timing}", highlight=False, soft_wrap=True)
     if work.encoders is not None:
         zeros = [
             f"{joint} {1e3 * value:+.2f} ± {1e3 * se:.2f}" if value == value else f"{joint} not identified"
