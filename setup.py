@@ -14,7 +14,8 @@ FOLDERS = ("robots", "controllers", "calibration", "launch")
 
 EXTRAS = {
     # Upper bounds are the next major version. The tests ran on Python 3.11 with the newest below them: torch 2.13, mujoco
-    # 3.17, dm_control 1.0.50, pin 4.1, scipy 1.17, numpy 2.4, matplotlib 3.11, av 18.1, viser 1.1; lower bounds leave room
+    # 3.17, dm_control 1.0.50, pin 4.1, scipy 1.17, numpy 2.4, matplotlib 3.11, av 18.1, viser 1.1, cvxpy 1.9,
+    # clarabel 0.11, pandas 3.1, pyarrow 26, mcap 1.6, mcap-ros2-support 0.6, jinja2 3.1; lower bounds leave room
     # for Python 3.10. dm_control 1.0.50 breaks on mujoco 4.0 (flex_vertedge).
     "sim": [
         "av>=14,<19",
