@@ -25,6 +25,9 @@ _PACKAGES = {
     "matplotlib": "sim",
     "av": "sim",
     "llvmlite": "sim",
+    "cvxpy": "calibrate",
+    "pandas": "calibrate",
+    "mcap": "calibrate",
     "viser": "viewer",
     "cuda-core": "cuda",
 }
@@ -50,7 +53,7 @@ def doctor() -> int:
     table.add_row("real-time priority", _priority())
     table.add_section()
     table.add_row("search path", "\n".join(str(root) for root in roots()))
-    table.add_row("found", ", ".join(f"{len(names(folder))} {folder}" for folder in ("robots", "controllers", "launch")))
+    table.add_row("found", ", ".join(f"{len(names(folder))} {folder}" for folder in ("robots", "controllers", "launch", "calibration")))
     console.print(table)
     return 0
 
