@@ -53,7 +53,8 @@ def doctor() -> int:
     table.add_row("real-time priority", _priority())
     table.add_section()
     table.add_row("search path", "\n".join(str(root) for root in roots()))
-    table.add_row("found", ", ".join(f"{len(names(folder))} {folder}" for folder in ("robots", "controllers", "launch", "calibration")))
+    counts = {folder: len(names(folder)) for folder in ("robots", "controllers", "launch", "calibration")}
+    table.add_row("found", ", ".join(f"{count} {folder}" for folder, count in counts.items()))
     console.print(table)
     return 0
 
