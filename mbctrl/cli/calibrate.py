@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -21,8 +20,10 @@ from mbctrl import __version__
 from mbctrl.base.errors import SpecError
 from mbctrl.base.extras import need
 
+if TYPE_CHECKING:
+    from mbctrl.calibrate.calibration import Outcome
+
 console = Console()
-_FAR = 5.0  # extrapolation beyond which a held-out log says little
 
 
 def calibrate(recipe: str, logs: Sequence[str], held_out: Sequence[str], out: Path, command: Sequence[str] | None = None) -> int:
@@ -31,14 +32,18 @@ def calibrate(recipe: str, logs: Sequence[str], held_out: Sequence[str], out: Pa
         raise SpecError("expected at least one log", file="command line", key="LOG")
     for module in ("torch", "mujoco", "pinocchio", "scipy", "cvxpy", "jinja2", "matplotlib", "pandas"):
         need(module, "calibrate", "calibrating")
+    from mbctrl.calibrate.calibration import Calibration
     from mbctrl.calibrate.recipe import load_recipe
+    from mbctrl.dynamics.load import load_model
 
     start = time.perf_counter()
     spec, file = load_recipe(recipe)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading")
-        outcome = _Work(spec, file, lambda text: progress.update(task, description=text)).run(logs, held_out)
+        model = load_model(spec.robot, file=file, key="robot")
+        work = Calibration(spec, file, model, lambda text: progress.update(task, description=text))
+        outcome = work.run(logs, held_out)
         progress.update(task, description="writing")
         seconds = time.perf_counter() - start
         paths = _write(outcome, out, file, list(command or ["mbctrl", "calibrate", recipe, *logs]), seconds)
@@ -49,97 +54,7 @@ def calibrate(recipe: str, logs: Sequence[str], held_out: Sequence[str], out: Pa
     return 0
 
 
-class _Work:
-    """One calibration, step by step."""
-
-    def __init__(self, recipe: Any, file: Path, advance: Any) -> None:
-        from mbctrl.dynamics.load import load_model
-
-        self.recipe, self.file, self.advance = recipe, file, advance
-        self.model = load_model(recipe.robot, file=file, key="robot")
-        self.refined: Any = None
-        self.encoders: Any = None
-        self.warnings: list[str] = []
-
-    def run(self, logs: Sequence[str], held_out: Sequence[str]) -> _Work:
-        from mbctrl.calibrate.identify import Identification
-        from mbctrl.calibrate.signals import CalibrationError
-
-        trained, others = [self._read(log) for log in logs], [self._read(log) for log in held_out]
-        self.trained, self.others = ([recording for recording, _ in pairs] for pairs in (trained, others))
-        identification = Identification(self.model, self.recipe.fit, self.advance)
-        motions, held = ([identification.motion(signals) for _, signals in pairs] for pairs in (trained, others))
-        try:
-            motions, held = self._fit(identification, motions, held)
-            self.warnings += self.fit.warnings
-            self._refine()
-        except CalibrationError as error:
-            raise CalibrationError(error.message, file=error.file or self.file, key=error.key) from None
-        self._validate(motions, held)
-        return self
-
-    def _fit(self, identification: Any, motions: list[Any], held: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Fit, correct the recordings by what that tells of delay and encoders, fit anew; return the recordings."""
-        commands = self._commands(identification) if self._instrumental else ()
-        self.fit = identification.fit(motions, commands)
-        late = self.fit.delay
-        if self.recipe.fit.delay == "remove" or (self.recipe.simulate and "delay" in self.recipe.simulate.parameters):
-            self.advance("fitting without the delay")
-            motions, held = (identification.undelayed(group, self.fit) for group in (motions, held))
-            self.fit = replace(identification.fit(motions, commands), delay=late)
-        if self.recipe.fit.encoders == "free":
-            self.advance("encoder offsets")
-            self.encoders = identification.encoders(motions, self.fit)
-            motions, held = (identification.rezeroed(group, self.encoders) for group in (motions, held))
-            self.fit = replace(identification.fit(motions, commands), delay=late)
-        return motions, held
-
-    def _refine(self) -> None:
-        if self.recipe.simulate is None:
-            return
-        from mbctrl.calibrate.refine import refine
-
-        spec = self.recipe.simulate
-        self.refined = refine(self.model, self.fit, spec, self.trained, self.recipe.filter, self.advance)
-        self.fit = replace(self.fit, tree=self.refined.tree)
-
-    def _validate(self, motions: list[Any], held: list[Any]) -> None:
-        from mbctrl.calibrate.validate import validate_on
-
-        self.advance("validating")
-        self.validations = [("training log", validate_on(self.fit, motions[0], motions))]
-        for recording, motion in zip(self.others, held):
-            seen, name = validate_on(self.fit, motion, motions), Path(recording.file).name
-            self.validations.append((f"held out: {name}", seen))
-            if seen.extrapolation > _FAR:
-                self.warnings.append(
-                    f"{name} moves in directions the training logs hardly did (leverage {seen.extrapolation:.1f} times "
-                    "theirs): its errors say little of the model"
-                )
-
-    @property
-    def _instrumental(self) -> bool:
-        return self.recipe.fit.estimator == "instrumental"
-
-    def _read(self, log: str) -> tuple[Any, Any]:
-        from mbctrl.calibrate.reading import read
-
-        self.advance(f"reading {log}")
-        found = read(log, self.recipe, self.file, self.model)
-        self.warnings += found.notes
-        return found.recording, found.signals
-
-    def _commands(self, identification: Any) -> list[Any]:
-        """Return the recordings along the commanded motion, whose columns are the instruments."""
-        from mbctrl.calibrate.signals import prepare
-
-        if any(recording.command is None for recording in self.trained):
-            raise SpecError("needs log.command", file=self.file, key="fit.estimator: instrumental")
-        along = [replace(recording, q=recording.command, v=None) for recording in self.trained]
-        return [identification.motion(prepare(recording, self.recipe.filter)) for recording in along]
-
-
-def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: float) -> list[Path]:
+def _write(work: Outcome, out: Path, file: Path, command: list[str], seconds: float) -> list[Path]:
     """Write parameter file, model and report; every one whole or not at all."""
     from mbctrl.base.parameters import write_parameters
     from mbctrl.calibrate.report import Report, write_report
@@ -176,7 +91,7 @@ def _write(work: _Work, out: Path, file: Path, command: list[str], seconds: floa
     return paths
 
 
-def _provenance(work: _Work, file: Path, command: list[str]) -> dict[str, Any]:
+def _provenance(work: Outcome, file: Path, command: list[str]) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -190,13 +105,13 @@ def _provenance(work: _Work, file: Path, command: list[str]) -> dict[str, Any]:
                 "samples": len(one.t),
                 "lines": [int(one.lines[0]), int(one.lines[-1])],
             }
-            for one in (*work.trained, *work.others)
+            for one in (*work.trained, *work.held_out)
         ],
         "versions": {"mbctrl": __version__, "python": sys.version.split()[0], "pin": version("pin"), "mujoco": version("mujoco")},
     }
 
 
-def _screen(work: _Work, seconds: float) -> None:
+def _screen(work: Outcome, seconds: float) -> None:
     fit = work.fit
     label, seen = work.validations[-1]
     title = f"{label}: torque not explained [%], and the planner's model"
