@@ -91,6 +91,7 @@ def one_seed(job: tuple[str, int, tuple[np.ndarray, ...]]) -> dict[str, Any]:
         "within": off <= 3 * e.se[:b],
         "covered": (e.low[:b] <= expected) & (expected <= e.high[:b]),
         "friction": float(np.abs(total[0] / total[1] - 1).max()),
+        "parts": float(np.abs(found / friction[:, :2] - 1).max()),
         "delay": abs(late - DELAY),
         "impossible": int((~feasible(fit.links)).sum()),
         "payload": abs(weighed.mass / LOAD - 1),

@@ -31,7 +31,7 @@ from mbctrl.calibrate.payload import identify_payload
 from mbctrl.calibrate.reading import read
 from mbctrl.calibrate.recipe import FitSpec, FrictionSpec, LogSpec, Recipe, load_recipe
 from mbctrl.calibrate.signals import Signals
-from mbctrl.calibrate.validate import validate_on
+from mbctrl.calibrate.validate import Torques, validate_on
 from mbctrl.dynamics.load import Model, load_model
 
 TRAIN, ROWS = "ur-20_02_10-30sec_12harm.csv", (635, 3510)
@@ -87,6 +87,11 @@ def _command(data: Path) -> list[dict[str, Any]]:
     return [row("30 s log: CSV to parameter file, MJCF and report", seconds, "s", "<=", 10.0)]
 
 
+def _in_motion(seen: Torques, one: Signals) -> float:
+    left, torque = ((x[one.moving]) for x in (seen.measured - seen.predicted, seen.measured))
+    return 100 * float((np.linalg.norm(left, axis=0) / np.linalg.norm(torque, axis=0)).mean())
+
+
 class _Bench:
     def __init__(self, data: Path, recipe: Recipe, model: Model) -> None:
         self.data, self.recipe, self.model = data, recipe, model
@@ -116,7 +121,9 @@ class _Bench:
             row(
                 "50 s log, mean of six joints: weighted least squares, sign friction", 100 * base.unconstrained.relative.mean(), "%"
             ),
-            row("50 s log, mean of six joints: fit", percent["seen"].mean(), "%", "<=", 7.7),
+            row("50 s log, mean of six joints: fit", percent["seen"].mean(), "%"),
+            # As the bar was measured: a joint that stands still counts while another one moves.
+            row("50 s log, mean of six joints: fit, every row in motion", _in_motion(seen.fit, other.one), "%", "<=", 7.7),
             row("50 s log, mean of six joints: filtering alone", 100 * seen.fit.floor.mean(), "%"),
             row("point to point, joints 1 to 5: model file", 100 * moved.prior.relative[:5].mean(), "%"),
             row("point to point, joints 1 to 5: published parameters (as published)", 10.55, "%"),

@@ -79,7 +79,7 @@ def _clock(t: np.ndarray, seconds: float, rest: float) -> tuple[np.ndarray, np.n
     x = np.clip(np.minimum(fine - rest, seconds - rest - fine), 0, 1)
     speed = x**2 * (3 - 2 * x)
     clock = np.cumsum(speed) * (fine[1] - fine[0])
-    return tuple(np.interp(t, fine, y) for y in (clock, speed, np.gradient(speed, fine)))  # type: ignore[return-value]
+    return np.interp(t, fine, clock), np.interp(t, fine, speed), np.interp(t, fine, np.gradient(speed, fine))
 
 
 def changed(recording: Recording, **columns: np.ndarray) -> Recording:

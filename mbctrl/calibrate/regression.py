@@ -258,18 +258,6 @@ def bootstrap(data: Grams, sd: np.ndarray, draws: int = 200, seed: int = 0) -> n
     return np.cov(found.T)
 
 
-def sandwich(data: Grams, sd: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return the covariance (p, p) of the estimate, robust to residuals that are correlated within a block.
-
-    Source: Liang and Zeger, "Longitudinal data analysis using generalized linear models" (1986), with the correction
-    B / (B - 1).
-    """
-    bread = np.linalg.pinv(np.einsum("bnpq,n->pq", data.G, 1 / sd**2, optimize=True), rcond=_RANK, hermitian=True)
-    scores = np.einsum("bnp,n->bp", data.g - data.G @ x, 1 / sd**2)
-    blocks = len(data)
-    return bread @ (scores.T @ scores) @ bread * (blocks / (blocks - 1))
-
-
 def delay(motions: Sequence[Motion], regression: Regression, columns: np.ndarray, sd: np.ndarray, reach: float = 0.03) -> float:
     """Return by how much efforts come later than the motion they go with [s], within ``reach``.
 
