@@ -20,7 +20,11 @@ EVERYTHING = None
 # For each layer the layers it may import besides itself, and the third parties (None: any).
 LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
     "base": (set(), {"numpy", "yaml", "pydantic"}),
-    "runtime": ({"base"}, {"numpy", "onnxruntime"}),
+    "runtime": ({"base", "kernels", "planning"}, {"numpy", "onnxruntime", "ruckig", "mcap"}),
+    "drivers": (
+        {"base", "runtime"},
+        {"numpy", "rtde_control", "rtde_receive", "franky", "pylibfranka", "dynamixel_sdk", "serial"},
+    ),
     "tasks": ({"base"}, {"numpy", "pydantic"}),
     "dynamics": ({"base"}, {"numpy", "torch", "mujoco", "pinocchio", "dm_control"}),
     "kernels": ({"base", "tasks", "dynamics"}, {"numpy", "llvmlite", "cuda"}),
@@ -43,7 +47,11 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
             "torch",
         },
     ),
-    "sim": ({"base", "runtime", "dynamics"}, {"numpy", "mujoco"}),
+    "export": (
+        {"base", "tasks", "dynamics", "kernels", "planning", "runtime"},
+        {"numpy", "torch", "onnx", "onnxscript", "onnxruntime"},
+    ),
+    "sim": ({"base", "runtime", "drivers", "dynamics"}, {"numpy", "mujoco"}),
     "report": ({"base", "runtime"}, {"numpy", "mujoco", "matplotlib", "av", "OpenGL"}),
     "viewer": ({"base"}, {"numpy", "mujoco", "viser"}),
     "cli": (EVERYTHING, None),

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
 
 import numpy as np
 
 
+class Status(Enum):
+    """What the robot says of itself."""
+
+    OK = "ok"
+    PROTECTIVE_STOP = "protective stop"  # the robot's own safety stopped it: a reflex, a limit, a collision
+    EMERGENCY_STOP = "emergency stop"
+    FAULT = "fault"  # anything else that keeps it from taking commands
+
+    @property
+    def usable(self) -> bool:
+        """Whether commands are taken."""
+        return self is Status.OK
+
+
 @dataclass(frozen=True)
 class RobotState:
-    """A measurement; ``stamp`` is the robot's own time on the loop's clock [s], ``seq`` counts measurements.
+    """A measurement; ``stamp`` is the robot's own time brought to the loop's clock [s], ``seq`` counts measurements.
 
     ``q`` (nq,) [rad], ``v`` (nq,) [rad/s], ``tau`` (nu,) total actuator torque [N·m], ``gravity`` (nu,) the part of it
-    the robot adds by itself [N·m] (zeros where it compensates nothing).
+    the robot adds by itself [N·m] (zeros where it compensates nothing), ``status`` what the robot says of itself.
+
+    Reading twice without news gives the same measurement, stamp and ``seq`` again: its age is how health is judged.
     """
 
     stamp: float
@@ -22,6 +40,7 @@ class RobotState:
     v: np.ndarray
     tau: np.ndarray
     gravity: np.ndarray
+    status: Status = Status.OK
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,12 @@ class JointCommand:
 
 
 class Driver(ABC):
-    """A robot. ``open`` before the first ``read``; ``stop`` may be called at any time and more than once."""
+    """A robot. ``open`` before the first ``read``; ``stop`` may be called at any time and more than once.
+
+    ``senses_torque``: whether ``tau`` is measured; else it is the driver's best guess and nothing is concluded from it.
+    """
+
+    senses_torque: ClassVar[bool] = True
 
     @abstractmethod
     def open(self) -> None:
@@ -56,11 +80,11 @@ class Driver(ABC):
 
     @abstractmethod
     def read(self) -> RobotState:
-        """Return the newest measurement."""
+        """Return the newest measurement; never waits."""
 
     @abstractmethod
     def write(self, command: JointCommand) -> None:
-        """Put a gated command in force."""
+        """Put a gated command in force; what is not finite is refused with DriverError before any vendor's call."""
 
     @abstractmethod
     def stop(self) -> None:

@@ -1,0 +1,82 @@
+"""A simulated robot as its own controller runs it: physics, the law in force, and the stops it makes by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mujoco
+import numpy as np
+
+from mbctrl.base.robot import Robot
+from mbctrl.runtime.clock import LockstepClock
+from mbctrl.runtime.driver import JointCommand, RobotState, Status
+from mbctrl.sim.driver import SimDriver
+
+_DECELERATION = 10.0  # [rad/s²], of a robot without a limit of its own
+
+
+class Plant:
+    """One robot behind a wire protocol: ``tick`` is one of its control periods.
+
+    Without a command it holds where it is. ``halt`` brakes it as an arm's own controller does, at its acceleration limits,
+    and keeps it there until ``reset``; commands are refused meanwhile.
+
+    Args:
+        mj: the compiled model.
+        robot: order, limits, gains, control rate.
+        start: (nq,) initial positions [rad]; None: home.
+    """
+
+    def __init__(self, mj: mujoco.MjModel, robot: Robot, start: np.ndarray | None = None) -> None:
+        self.robot, self.period = robot, 1 / robot.control.rate
+        self._clock = LockstepClock()
+        self._driver = SimDriver(mj, robot, self._clock, start)
+        self._driver.open()
+        self._pick = robot.command_index
+        limit = robot.limits.acceleration
+        self._deceleration = np.full(robot.nu, _DECELERATION) if limit is None else np.asarray(limit)[self._pick]
+        self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
+        self.status, self.reason = Status.OK, ""
+        self.ticks = 0
+        self.state: RobotState = self._driver.read()
+        self._braking: tuple[np.ndarray, np.ndarray] | None = None
+        self.release()
+
+    def tick(self) -> RobotState:
+        """Advance one control period; return the state, stamped with the robot's own time [s] from 0."""
+        if self._braking is not None:
+            self._brake()
+        self.ticks += 1
+        self._clock.wait_until(self.ticks * self.period)
+        self.state = replace(self._driver.read(), status=self.status)
+        return self.state
+
+    def command(self, law: JointCommand) -> bool:
+        """Put a torque law in force; False where the robot takes no commands."""
+        if not self.status.usable:
+            return False
+        self._braking = None
+        self._driver.write(law)
+        return True
+
+    def release(self) -> None:
+        """Take the law away: brake, then hold."""
+        if self._braking is None:
+            self._braking = self.state.q[self._pick].copy(), self.state.v[self._pick].copy()
+            self._brake()
+
+    def halt(self, reason: str, status: Status = Status.PROTECTIVE_STOP) -> None:
+        """Stop by itself, and take no commands until ``reset``."""
+        if self.status.usable:
+            self.status, self.reason = status, reason
+        self.release()
+
+    def reset(self) -> None:
+        """Take commands again."""
+        self.status, self.reason = Status.OK, ""
+
+    def _brake(self) -> None:
+        position, speed = self._braking
+        slower = np.sign(speed) * np.maximum(np.abs(speed) - self._deceleration * self.period, 0.0)
+        self._braking = position + 0.5 * (speed + slower) * self.period, slower
+        self._driver.write(JointCommand(*self._braking, *self._gains, np.zeros(len(self._pick))))
