@@ -30,13 +30,15 @@ from mbctrl.kernels import native
 from mbctrl.kernels.llvm import words
 from mbctrl.kernels.native import Pool
 from mbctrl.kernels.trace import Goal
-from mbctrl.planning.compiled import KernelDynamics, KernelSearch
+from mbctrl.planning.compiled import kernel_dynamics, kernel_search
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.engines import CpuEngine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import NOISES, Noise, Shape
-from mbctrl.planning.objective import Parameters, TorchSearch
+from mbctrl.planning.objective import TorchSearch
+from mbctrl.planning.planner import Parameters
 from mbctrl.planning.rules.base import Distribution
+from mbctrl.planning.search import KernelDynamics, KernelSearch
 from mbctrl.tasks.features import Features, RobotScales
 from mbctrl.tasks.terms import TERMS, Term
 
@@ -320,7 +322,7 @@ def test_a_tree_with_sliding_joints_costs_what_torch_says(pool: Pool) -> None:
     knots, noise = Knots(3, 12, 0.02, "linear", 0.5), Noise("white", Shape(3, 2, 40))
     bound = torch.tensor([3.0, 4.0])
     theirs = TorchSearch(RolloutObjective(dynamics, features, task, 0.95), knots, noise, -bound, bound)
-    ours = KernelSearch(
+    ours = kernel_search(
         dynamics,
         features.tool,
         task,
@@ -362,7 +364,7 @@ def test_a_search_in_double_precision_is_torchs_or_refused(noise: str, pool: Poo
     knots, drawn = Knots(4, 10, 0.04), Noise(noise, Shape(4, 2, 20), dtype=torch.float64)
     bound = torch.tensor([7.0, 2.0], dtype=torch.float64)
     try:
-        ours = KernelSearch(
+        ours = kernel_search(
             dynamics,
             tool,
             task,
@@ -492,7 +494,7 @@ def test_rollouts_of_any_size_are_torchs(samples: int, dtype: torch.dtype, horiz
     torchs = RigidBodyDynamics(
         tree, 0.01, Impedance((50.0, 20.0), (5.0, 2.0)), effort_limit=(7.0, 2.0), gravity_compensation=True, dtype=dtype
     )
-    ours = KernelDynamics(torchs, CpuEngine(pool, np.float32 if dtype == torch.float32 else np.float64))
+    ours = kernel_dynamics(torchs, CpuEngine(pool, np.float32 if dtype == torch.float32 else np.float64))
     q, v, _ = random_states(tree, samples)
     x = torch.as_tensor(np.concatenate([q, v], 1).T, dtype=dtype)  # not contiguous
     u = torch.as_tensor(np.broadcast_to((q + 0.3).T, (horizon, 2, samples)).copy(), dtype=dtype)
@@ -544,7 +546,7 @@ def test_planners_share_their_threads() -> None:
 
 def test_one_state_may_be_expanded_to_many(pool: Pool) -> None:
     _, tree = model_of("arm2")
-    ours = KernelDynamics(RigidBodyDynamics(tree, 0.01), CpuEngine(pool))
+    ours = kernel_dynamics(RigidBodyDynamics(tree, 0.01), CpuEngine(pool))
     x = torch.tensor([0.3, -0.2, 0.5, 0.1])
     u = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours.rollout(x[:, None].expand(-1, 20), u), ours.rollout(x[:, None].repeat(1, 20), u))

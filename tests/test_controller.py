@@ -16,8 +16,10 @@ from mbctrl.base.spec import validate
 from mbctrl.dynamics.actuation import actuation_of
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.planning.controller import MpcController, command_bounds
-from mbctrl.planning.objective import FeatureMap, Parameters
+from mbctrl.planning.controller import MpcController
+from mbctrl.planning.mpc import command_bounds
+from mbctrl.planning.objective import FeatureMap
+from mbctrl.planning.planner import Parameters
 from mbctrl.sim.monitor import Monitor
 
 PLANNER = {"samples": 24, "iterations": 2, "horizon": 0.4, "knots": 4}

@@ -26,7 +26,7 @@ from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import RigidTree
 from mbctrl.kernels.native import shared_pool
-from mbctrl.planning.compiled import KernelDynamics
+from mbctrl.planning.compiled import kernel_dynamics
 from mbctrl.planning.engines import CpuEngine
 
 FINE = 2.5e-5  # [s], of the truth: a tenth of a thousandth of an oscillation
@@ -60,7 +60,7 @@ def record(
     t = np.arange(len(tick) * per) * FINE
     u = inputs(tick)
     late = (u + offset)[np.clip(np.floor((t - delay) * RATE + 1e-9).astype(int), 0, len(tick) - 1)]
-    kernel = KernelDynamics(arm.with_dt(FINE), CpuEngine(shared_pool(0), np.float64))
+    kernel = kernel_dynamics(arm.with_dt(FINE), CpuEngine(shared_pool(0), np.float64))
     x = [np.concatenate([q0 + np.zeros(n), np.zeros(n)])[None]]
     for first in range(0, len(t), 100 * per):
         x.append(kernel.rollout(x[-1][-1][:, None], late[first : first + 100 * per, :, None])[per::per, :, 0])

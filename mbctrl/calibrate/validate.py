@@ -15,7 +15,7 @@ from mbctrl.dynamics.reference import link_parameters
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import RigidTree
 from mbctrl.kernels.native import shared_pool
-from mbctrl.planning.compiled import KernelDynamics
+from mbctrl.planning.compiled import kernel_dynamics
 from mbctrl.planning.engines import CpuEngine
 
 HORIZONS = (0.1, 0.53, 1.0)
@@ -119,7 +119,7 @@ def open_loop(
     u = np.stack([np.interp(t, one.t, torque[:, j]) for j in joints], 1)  # (windows, n, H)
     x = np.concatenate([one.q[starts], one.v[starts]], 1).T
     arm = RigidBodyDynamics(tree, _STEP, dtype=torch.float64)
-    states = KernelDynamics(arm, CpuEngine(shared_pool(0), np.float64)).rollout(x, u.transpose(2, 1, 0))
+    states = kernel_dynamics(arm, CpuEngine(shared_pool(0), np.float64)).rollout(x, u.transpose(2, 1, 0))
     error, still = [], []
     for count in steps:
         end = one.t[starts] + count * _STEP

@@ -92,12 +92,12 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
 
 def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Backend:
     from mbctrl.kernels.native import shared_pool  # llvmlite is only needed here
-    from mbctrl.planning.compiled import KernelDynamics, KernelSearch
+    from mbctrl.planning.compiled import kernel_dynamics, kernel_search
     from mbctrl.planning.engines import CpuEngine
 
     here = CpuEngine(shared_pool(config.dynamics.threads))
     engine = _engine_of(analytic.device, here)
-    search = KernelSearch(
+    search = kernel_search(
         analytic,
         parts.features.tool,
         parts.task,
@@ -113,7 +113,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
     # One rollout alone is the processor's work.
-    return Backend("kernel", search, engine.array, KernelDynamics(analytic, here))
+    return Backend("kernel", search, engine.array, kernel_dynamics(analytic, here))
 
 
 def _engine_of(device: torch.device, here: CpuEngine) -> Engine:

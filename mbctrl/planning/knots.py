@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from scipy.interpolate import CubicSpline
 
 from mbctrl.planning.arrays import Array, like
 
@@ -45,10 +46,32 @@ class Knots:
         self.count, self.steps, self.dt, self.interpolation = count, steps, dt, interpolation
         self.duration = steps * dt
         self.times = np.arange(count) * self.duration / count if interpolation == "zero" else np.linspace(0, self.duration, count)
-        self._curve = CubicSpline(self.times, np.eye(count), bc_type="natural") if interpolation == "cubic" else None
         self._spacing = self.duration / (count if interpolation == "zero" else count - 1)
         self._pieces = self._piecewise()
-        self.basis = self.weights((np.arange(steps) + at) * dt)
+        self.at, self.basis = at, self.weights((np.arange(steps) + at) * dt)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, the curve's coefficients among it."""
+        names = ("count", "steps", "dt", "interpolation", "at")
+        return {**{name: getattr(self, name) for name in names}, "pieces": self._pieces.tolist()}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Knots:
+        """Return the knots ``to_dict`` described, without scipy.
+
+        Errors:
+            ValueError: where the coefficients do not fit.
+        """
+        made = Knots(**{**{key: data[key] for key in ("count", "steps", "dt", "at")}, "interpolation": "zero"})
+        cubic, pieces = data["interpolation"] == "cubic", np.asarray(data["pieces"], float)
+        if data["interpolation"] not in INTERPOLATIONS or pieces.shape != (4 if cubic else 2, made.count + 1, made.count):
+            raise ValueError(f"pieces: {pieces.shape} do not fit {made.count} knots, {data['interpolation']}")
+        made.interpolation, made._pieces = data["interpolation"], pieces
+        if made.interpolation != "zero":
+            made.times = np.linspace(0, made.duration, made.count)
+            made._spacing = made.duration / (made.count - 1)
+        made.basis = made.weights((np.arange(made.steps) + made.at) * made.dt)
+        return made
 
     def weights(self, t: np.ndarray) -> np.ndarray:
         """Return the (T, K) matrix from knots to the command at times ``t`` [s] after the horizon's start, (T,)."""
@@ -56,9 +79,16 @@ class Knots:
         if self.interpolation == "zero":
             index = np.minimum((t / self.duration * self.count + 1e-9).astype(int), self.count - 1)
             return np.eye(self.count)[index]
-        if self.interpolation == "linear":
-            return np.stack([np.interp(t, self.times, row) for row in np.eye(self.count)], axis=1)
-        return self._curve(t)
+        index = np.minimum((t / self._spacing).astype(int), self.count - 2)
+        return self._evaluated(index + 1, (t - index * self._spacing)[:, None])
+
+    def _evaluated(self, piece: np.ndarray, since: Any) -> np.ndarray:
+        """Return rows of weights (T, K): pieces ``piece`` (T,), ``since`` their knots [s]."""
+        rows = self._pieces[:, piece]
+        moved = rows[0]
+        for coefficients in rows[1:]:
+            moved = moved * since + coefficients
+        return moved
 
     def _piecewise(self) -> np.ndarray:
         """Return the curve's polynomials (D+1, K+1, K), highest power first, over the time since their knot.
@@ -66,8 +96,10 @@ class Knots:
         The first piece comes before the first knot, the last one after the last knot; both hold.
         """
         knots = np.eye(self.count)
-        if self._curve is not None:
-            pieces = self._curve.c
+        if self.interpolation == "cubic":
+            from scipy.interpolate import CubicSpline  # a planner restored from a file does without
+
+            pieces = CubicSpline(self.times, knots, bc_type="natural").c
         else:
             pieces = np.stack([np.diff(knots, axis=0) / self._spacing, knots[:-1]])
         ends = np.zeros((2, len(pieces), 1, self.count))
@@ -85,8 +117,4 @@ class Knots:
         still under shifts shorter than that.
         """
         whole, part = divmod(elapsed, self._spacing)
-        rows = self._pieces[:, np.clip(np.arange(1, self.count + 1) + int(min(whole, self.count)), 0, self.count)]
-        moved = rows[0]
-        for coefficients in rows[1:]:
-            moved = moved * part + coefficients
-        return moved
+        return self._evaluated(np.clip(np.arange(1, self.count + 1) + int(min(whole, self.count)), 0, self.count), part)

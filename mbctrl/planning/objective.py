@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.planning.arrays import Array, like
+from mbctrl.planning.arrays import like
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
-from mbctrl.planning.planner import Search
+from mbctrl.planning.planner import Parameters, Search
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
 from mbctrl.tasks.features import Features
@@ -25,21 +24,6 @@ from mbctrl.tasks.task import Task
 
 Objective = Callable[[Tensor, Tensor, Any], Tensor]
 """(x (nx,), commands (H, nu, N), parameters) -> costs (N,)."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What changes from plan to plan; times are the ends of the H steps. Absent ones are None.
-
-    Shapes: ``p_target`` (3, H, 1) [m], ``r_target`` (3, 3, H, 1), ``q_target`` (nq,) [rad], ``obstacles`` a (3, H, 1)
-    position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start.
-    """
-
-    u_before: Array
-    p_target: Array | None = None
-    r_target: Array | None = None
-    q_target: Array | None = None
-    obstacles: tuple[Array, ...] = ()
 
 
 class FeatureMap:

@@ -14,6 +14,21 @@ from mbctrl.planning.rules.base import Distribution, Figures, Rule
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """What changes from plan to plan; times are the ends of the H steps. Absent ones are None.
+
+    Shapes: ``p_target`` (3, H, 1) [m], ``r_target`` (3, 3, H, 1), ``q_target`` (nq,) [rad], ``obstacles`` a (3, H, 1)
+    position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start.
+    """
+
+    u_before: Array
+    p_target: Array | None = None
+    r_target: Array | None = None
+    q_target: Array | None = None
+    obstacles: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True)
 class PlannerState:
     """All a planner remembers: its belief, the time [s] the belief starts at, and the random stream (seed, draws)."""
 
