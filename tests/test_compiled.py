@@ -132,7 +132,7 @@ def searched(
     held = np.zeros(robot.nu) if robot.control.mode == "torque" else np.asarray(robot.home)[robot.command_index]
     count = planner.knots.count
     mean = held + 0.1 * rng.normal(size=(count, robot.nu))
-    spread = np.asarray(planner.planner._sigma) * rng.uniform(0.5, 1, (count, robot.nu))
+    spread = np.asarray(planner.planner.sigma) * rng.uniform(0.5, 1, (count, robot.nu))
     fixed = mean[..., None] + rng.normal(size=(count, robot.nu, given)) * 3 * spread[..., None]
     parameters = planner.parameters(request, held + 0.05)
     belief, fixed, state = (

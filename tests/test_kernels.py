@@ -1102,7 +1102,7 @@ def test_philox_has_its_known_answers(counter: tuple[int, ...], seed: tuple[int,
 
 
 def test_numpys_philox_is_philox() -> None:
-    assert [int(word) for word in philox(0, 0, 1, 1)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(word.item()) for word in philox(0, 0, 1, 1)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for seed, draw in ((1, 2), (2**31 + 5, 7), (2**32 + 1, 2**31), (2**63 - 1, 2**32 - 1), (0xFFFFFFFF, 0)):
         found = np.stack(philox(seed, draw, 3, 5))
         for group in range(3):

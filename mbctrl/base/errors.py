@@ -52,6 +52,10 @@ class ExtraError(MbctrlError):
     """An optional dependency that is not installed."""
 
 
+class BundleError(MbctrlError):
+    """An exported planner that is not whole, of another version, for another robot, or not what it says it is."""
+
+
 class DriverError(MbctrlError):
     """A robot driver that cannot be opened or has stopped answering."""
 

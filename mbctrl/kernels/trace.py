@@ -33,6 +33,9 @@ class Goal:
     joints: bool = False
 
 
+_PLACED = ("table", "uniform", "sample")
+
+
 class Inputs:
     """Hands out the inputs of a kind in order and remembers where each name's values lie."""
 
@@ -58,6 +61,25 @@ class Traced:
     uniform: dict[str, slice]
     sample: dict[str, slice]
     terms: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        places = {kind: {name: [at.start, at.stop] for name, at in getattr(self, kind).items()} for kind in _PLACED}
+        return {"program": self.program.to_dict(), **places, "terms": list(self.terms)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Traced:
+        """Return what ``to_dict`` described.
+
+        Errors:
+            ValueError: where it is no program, or a name's place is outside it.
+        """
+        program, places = Program.from_dict(data["program"]), {}
+        for kind in _PLACED:
+            places[kind] = {name: slice(*at) for name, at in data[kind].items()}
+            if any(not 0 <= at.start <= at.stop <= program.sizes[kind] for at in places[kind].values()):
+                raise ValueError(f"{kind}: expected places within {program.sizes[kind]} values, found {data[kind]}")
+        return Traced(program, **places, terms=tuple(data["terms"]))
 
 
 def trace_dynamics(tree: RigidTree, drive: Drive, parameters: Sequence[str] = (), each: bool = False) -> Traced:

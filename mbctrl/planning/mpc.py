@@ -75,7 +75,7 @@ class Mpc:
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
         knots = host(result.knots).astype(float)
         commands = (self._spread @ knots).clip(*self._bounds)
-        states = self._rollout(x, knots[..., None])[:, :, 0].astype(float)
+        states = self._rollout(x, knots[..., None])[:, :, 0] if result.states is None else result.states
         self._seq += 1
         figures = result.figures._asdict()
         plan = Plan(
@@ -84,7 +84,7 @@ class Mpc:
             t0=t0,
             dt=self.config.dynamics.dt,
             u=commands,
-            x=states,
+            x=host(states).astype(float),
             info={**figures, "cpu": time.process_time() - cpu},
             fan=self.fan(x, result, request.fan) if request.fan else None,
         )
@@ -98,9 +98,9 @@ class Mpc:
         return self._rollout_model(x, commands, self.config.dynamics.dt)
 
     def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray | None:
-        """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates."""
-        if self._paths is None:
-            return None
+        """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates, or of what they expect together."""
+        if self._paths is None or result.candidates is None:
+            return None if result.path is None else host(result.path)[None].astype(float)
         best = np.argsort(-host(result.weights), kind="stable")[:count]
         return self._paths(self._rollout(x, host(result.candidates[:, :, best]))).transpose(2, 1, 0).astype(float)
 

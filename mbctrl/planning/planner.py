@@ -42,13 +42,16 @@ class PlannerState:
 class Result:
     """One planning step.
 
-    ``knots`` (K, nu) to follow, figures of the last iteration, its candidates (K, nu, N) and their weights (N,).
+    ``knots`` (K, nu) to follow, figures of the last iteration, its candidates (K, nu, N), None where they stayed on the
+    device, and their weights (N,); ``states`` (H+1, nx) and ``path`` (H+1, 3) [m] expected of the knots, None: not known.
     """
 
     knots: Array
     figures: Figures
-    candidates: Array
+    candidates: Array | None
     weights: Array
+    states: Array | None = None
+    path: Array | None = None
 
 
 class Search(ABC):
@@ -93,12 +96,12 @@ class Planner:
     ) -> None:
         self.search, self.rule, self.knots, self.samples, self.iterations = search, rule, knots, samples, iterations
         self.growth = growth
-        self._sigma = sigma if sigma.ndim == 2 else namespace(sigma).stack([sigma] * knots.count)
+        self.sigma = sigma if sigma.ndim == 2 else namespace(sigma).stack([sigma] * knots.count)
 
     def initial(self, command: Array, t: float = 0.0, seed: int = 0) -> PlannerState:
         """Return the state before the first plan: ``command`` (nu,) held from time ``t`` [s]."""
         mean = namespace(command).stack([command] * self.knots.count)
-        return PlannerState(Distribution(mean, self._sigma, mean, mean[..., None][..., :0]), t, seed, 0)
+        return PlannerState(Distribution(mean, self.sigma, mean, mean[..., None][..., :0]), t, seed, 0)
 
     def plan(self, state: PlannerState, x: Array, parameters: Any, t: float) -> tuple[PlannerState, Result]:
         """Plan from state ``x`` (nx,) at time ``t`` [s]: shift the belief to ``t``, then iterate."""
@@ -109,10 +112,10 @@ class Planner:
 
     def shifted(self, state: PlannerState, t: float) -> PlannerState:
         """Return the belief as seen from time ``t`` [s], its spread widened."""
-        old, spread = state.belief, self._sigma
+        old, spread = state.belief, self.sigma
         move = like(self.knots.shift(t - state.start), old.mean)
         if self.growth is not None:
-            spread = namespace(spread).minimum(self.growth * (abs(move) @ old.spread), self._sigma)
+            spread = namespace(spread).minimum(self.growth * (abs(move) @ old.spread), self.sigma)
         kept = old.kept
         if kept.shape[2]:
             kept = (move @ kept.reshape(len(move), -1)).reshape(kept.shape)
@@ -131,7 +134,7 @@ class Planner:
         if finite:
             belief, weights = self.rule.update(state.belief, candidates, costs)
             if belief.spread is not state.belief.spread:
-                spread = namespace(belief.spread).maximum(belief.spread, getattr(self.rule, "floor", 0.0) * self._sigma)
+                spread = namespace(belief.spread).maximum(belief.spread, getattr(self.rule, "floor", 0.0) * self.sigma)
                 belief = Distribution(belief.mean, spread, belief.best, belief.kept)
             shares = host(weights)
             mean = (values if finite == len(values) else values[good]).mean(dtype=float)

@@ -11,7 +11,8 @@ from mbctrl.base.robot import Positive
 from mbctrl.planning.arrays import Array, host, like
 from mbctrl.planning.rules.base import Distribution, Factor, Rule, Share, ShareOrNone
 
-_NEAR, _FAR = np.linspace(-1, 0.5, 10), np.linspace(-4, 2, 49)  # powers of ten
+LADDERS = np.linspace(-1, 0.5, 10), np.linspace(-4, 2, 49)
+"""Powers of ten times the scale of the costs that a temperature is looked for at: near by, then far."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Mppi(Rule):
         wanted = self.ess * np.count_nonzero(excess < np.inf)
         # The temperature is of the order of the excess at the rank asked for; a mean would follow one diverged sample.
         scale = max(float(np.partition(excess, int(wanted))[int(wanted)]), 1e-12)
-        ladder = _NEAR
+        ladder = LADDERS[0]
         sizes = _sizes(excess, scale, ladder)
         if not sizes[0] <= wanted <= sizes[-1]:
-            ladder = _FAR
+            ladder = LADDERS[1]
             sizes = _sizes(excess, scale, ladder)
         # The size grows with the temperature, between rungs as a power of it.
         power = np.interp(math.log(wanted), np.log(sizes), ladder)
