@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from mbctrl.base.errors import MbctrlError, SpecError
 
@@ -176,6 +176,26 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Export a planner to a bundle: ONNX graphs and compiled rollouts that a robot's computer runs without torch.
+
+    A controller is exported for the robot and goal of the scenario that uses it. Any setting of the scenario can be given.
+
+    For example:
+
+        mbctrl export controllers/panda_reach.yaml -o panda_reach
+        mbctrl export launch/ur10e_reach_sim.yaml -o ur10e_reach --planner.samples 512
+        mbctrl check panda_reach
+        mbctrl deploy panda_reach --driver sim
+    """
+
+    source: Positional[str]
+    """A scenario or controller by name (mbctrl list) or path."""
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder to make; by default bundles/NAME."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Run a benchmark of the checkout's benchmarks/ folder and print its table.
 
@@ -211,6 +231,7 @@ Verb = (
     | Annotated[Check, subcommand("check", prefix_name=False)]
     | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
     | Annotated[Payload, subcommand("payload", prefix_name=False)]
+    | Annotated[Export, subcommand("export", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
     | Annotated[Doctor, subcommand("doctor", prefix_name=False)]
 )
@@ -242,7 +263,7 @@ def _dispatch(arguments: list[str]) -> int:
         return show_options(arguments[1])
     about = "Model-based control of robot arms: run a sampling MPC, calibrate it, deploy it."
     verb, rest = tyro.cli(Verb, prog="mbctrl", description=about, args=arguments or ["--help"], return_unknown_args=True)
-    if rest and not isinstance(verb, Run):
+    if rest and not isinstance(verb, (Run, Export)):
         raise SpecError(f"unknown arguments: {' '.join(rest)}", file="command line")
     if isinstance(verb, Run):
         from mbctrl.cli.run import run
@@ -261,6 +282,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         settings = {key: value for key, value in vars(verb).items() if key not in ("robot", "out")}
         return excite(verb.robot, settings, verb.out)
+    if isinstance(verb, Export):
+        from mbctrl.cli.export import export
+
+        return export(verb.source, rest, verb.out)
     if isinstance(verb, Bench):
         from mbctrl.cli.bench import bench
 

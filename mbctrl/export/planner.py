@@ -62,11 +62,9 @@ class PlannerGraphs:
     def __init__(self, controller: MpcController, say: Callable[[str], None] = lambda text: None) -> None:
         refuse(controller)
         self.controller, planner = controller, controller.planner
-        config, robot, rule = controller.config, controller.robot, planner.rule
-        knots = planner.knots
-        kept = min(rule.keep, planner.samples // 2) if isinstance(rule, ICem) else 0
-        self.shapes = Shapes(knots.count, robot.nu, planner.samples, knots.steps, 2 * robot.nq, kept)
-        colour = colouring(knots.count, config.planner.beta) if config.planner.noise == "coloured" else None
+        config, rule = controller.config, planner.rule
+        self.shapes = self.shapes_of(controller)
+        colour = colouring(planner.knots.count, config.planner.beta) if config.planner.noise == "coloured" else None
         self.terms = [name for name, term in controller.task.terms.items() if term.weight > 0]
         self.dynamics = controller.analytic
         say("exporting the draw")
@@ -77,6 +75,13 @@ class PlannerGraphs:
         bounds = controller._bounds
         self.score = self._score(Score(controller.features, controller.task, rule, planner, bounds, config.obstacles))
         self._say = say
+
+    @staticmethod
+    def shapes_of(controller: MpcController) -> Shapes:
+        """Return the sizes of a controller's graphs."""
+        planner, robot = controller.planner, controller.robot
+        kept = min(planner.rule.keep, planner.samples // 2) if isinstance(planner.rule, ICem) else 0
+        return Shapes(planner.knots.count, robot.nu, planner.samples, planner.knots.steps, 2 * robot.nq, kept)
 
     def given(self) -> dict[str, tuple[int, ...]]:
         """Return the task's inputs and their shapes."""

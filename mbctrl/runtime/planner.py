@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,14 @@ def candidate_costs(planner: Planner, state: PlannerState, x: np.ndarray, parame
         planner.iterate(state, x, parameters)
         return planner.costs.copy()
     return planner.search(state.belief, planner._fixed(state.belief), state.seed, state.draws, x, parameters)[1]
+
+
+def iteration_times(bundle: Bundle, mpc: Mpc, count: int) -> list[float]:
+    """Return how long each of ``count`` iterations took [s], on the golden vectors in turn."""
+    cases, times = golden_cases(bundle), []
+    for k in range(count):
+        state, x, parameters, _ = cases[k % len(cases)]
+        start = time.perf_counter()
+        mpc.planner.iterate(state, x, parameters)
+        times.append(time.perf_counter() - start)
+    return times
