@@ -40,7 +40,13 @@ class Plant:
         self.ticks = 0
         self.state: RobotState = self._driver.read()
         self._braking: tuple[np.ndarray, np.ndarray] | None = None
+        self.law: JointCommand  # in force, a client's or the plant's own
         self.release()
+
+    @property
+    def commanded(self) -> bool:
+        """Whether a client's command is in force."""
+        return self._braking is None
 
     def tick(self) -> RobotState:
         """Advance one control period; return the state, stamped with the robot's own time [s] from 0."""
@@ -56,7 +62,7 @@ class Plant:
         if not self.status.usable:
             return False
         self._braking = None
-        self._driver.write(law)
+        self._apply(law)
         return True
 
     def release(self) -> None:
@@ -79,4 +85,8 @@ class Plant:
         position, speed = self._braking
         slower = np.sign(speed) * np.maximum(np.abs(speed) - self._deceleration * self.period, 0.0)
         self._braking = position + 0.5 * (speed + slower) * self.period, slower
-        self._driver.write(JointCommand(*self._braking, *self._gains, np.zeros(len(self._pick))))
+        self._apply(JointCommand(*self._braking, *self._gains, np.zeros(len(self._pick))))
+
+    def _apply(self, law: JointCommand) -> None:
+        self.law = law
+        self._driver.write(law)
