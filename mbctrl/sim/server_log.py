@@ -47,12 +47,15 @@ class ServerLogWriter:
         self.effort, self.speed = np.zeros(robot.nu), np.zeros(robot.nq)  # [N·m], [rad/s] largest so far
         self._file: BinaryIO | None = None
         if path is not None:
+            names = {"robot": robot.name, "joints": robot.joints, "actuated": robot.driven}
+            about = json.dumps({"format": _FORMAT, **names, "period": 1 / robot.control.rate})
             try:
                 self._file = open(path, "wb", buffering=0)
+                self._file.write(about.encode() + b"\n")
             except OSError as error:
+                if self._file is not None:
+                    self._file.close()
                 raise LogError(f"cannot be written: {error.strerror}", file=path) from None
-            names = {"robot": robot.name, "joints": robot.joints, "actuated": robot.driven}
-            self._file.write(json.dumps({"format": _FORMAT, **names, "period": 1 / robot.control.rate}).encode() + b"\n")
 
     def add(self, plant: Plant, state: RobotState, host: float, fault: bool, late: float) -> None:
         """Append one tick: the plant and its state after it, the host's monotonic time [s], how late the tick was [s]."""
