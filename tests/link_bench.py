@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 
 from mbctrl.base.robot import Robot
 from mbctrl.cli.sim import sim
@@ -18,6 +19,7 @@ from mbctrl.sim.faults import Fault, Faults
 from mbctrl.sim.link_wire import LinkWire
 from mbctrl.sim.plant import Plant
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a machine that is busy
 SPAWN = multiprocessing.get_context("spawn")
 
 

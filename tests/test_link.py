@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from link_bench import SPAWN, Bench, SimProcess, hold, until
+from link_bench import PATIENT, SPAWN, Bench, SimProcess, hold, until
 
 from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import load_robot
@@ -76,11 +76,13 @@ def drivers():
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 
+@PATIENT
 @given(FRAMES, st.sampled_from([None, KEY]))
 def test_a_frame_survives_the_trip(frame, key):
     assert decode(encode(frame, key), key) == frame
 
 
+@PATIENT
 @given(FRAMES, st.sampled_from([None, KEY]), st.data())
 def test_one_flipped_bit_is_refused(frame, key, data):
     whole = encode(frame, key)
@@ -100,6 +102,7 @@ def test_every_bit_of_a_command_is_guarded():
             decode(bytes(broken))
 
 
+@PATIENT
 @given(st.binary(max_size=200), st.sampled_from([None, KEY]))
 def test_noise_is_no_frame(data, key):
     with pytest.raises(FrameError):
@@ -127,6 +130,7 @@ def test_another_key_or_none_is_refused():
             decode(sent, expected)
 
 
+@PATIENT
 @given(st.lists(st.lists(st.floats(width=64), max_size=9), min_size=1, max_size=5))
 def test_arrays_survive_the_trip(lists):
     arrays = [np.asarray(each, float) for each in lists]
@@ -142,6 +146,7 @@ def test_a_body_of_another_size_is_refused():
 # --- numbers and stamps ---------------------------------------------------------------------------------------------
 
 
+@PATIENT
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
 def test_what_is_lost_reordered_and_doubled_is_counted(n, random):
     """However they come, what is not counted lost has come once, and the newest is never passed by an older one."""
@@ -512,7 +517,7 @@ def test_nothing_sent_to_the_port_can_end_the_server(model):
     )
     hellos = json_like.map(lambda told: Frame(Kind.HELLO, 1, body=json.dumps(told).encode()))
 
-    @settings(max_examples=300, deadline=None)
+    @settings(PATIENT, max_examples=300)
     @given(st.binary(max_size=1500) | (FRAMES | hellos).map(encode))
     def attack(data):
         noise.send(data)

@@ -45,7 +45,8 @@ def serve(
 
     Simulated time is wall time: deadlines are absolute, and after a late wake-up the periods that were missed are
     simulated under the law in force, one log row each, before anything is received; nothing is sent for them, so a client
-    sees the sequence number jump as over a lossy network. Fault times count from the first motion command.
+    sees the sequence number jump as over a lossy network. Fault times count from the first motion command. The calling
+    process runs before all others from then on, where the system lets it (SCHED_FIFO).
 
     Args:
         wire: the protocol, over the plant.
