@@ -39,6 +39,7 @@ class Bench:
         self.wire.open()
         self.host = "{}:{}".format(*self.wire.address)
         self.faults = Faults()
+        self.newest = 0  # number of a sample that was sent
 
     def period(self, passing: float | None = None) -> bool:
         """Do one period of the server, which lasts ``passing`` [s]; return whether a command came."""
@@ -46,6 +47,7 @@ class Bench:
         moved = self.wire.receive()
         for sample in self.faults.outgoing(self.plant.tick(), self.plant.state.stamp):
             self.wire.publish(sample)
+            self.newest = max(self.newest, sample.seq)
         return moved
 
     def connect(self, driver: LinkDriver) -> None:

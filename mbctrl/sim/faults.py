@@ -126,11 +126,8 @@ class Faults:
         else:
             arrived = [self._falsified(sample, now)] * (2 if "duplicate" in now else 1)
         arrived = self._swapped(arrived, "reorder" in now)
-        later = t + now.get("delay", 0.0)
-        if self._queue:  # as in a stream: what is sent after the delay has ended waits for what was sent before
-            later = max(later, self._queue[-1][0])
-        self._queue.extend((later, each) for each in arrived)
-        due = []
+        self._queue.extend((t + now.get("delay", 0.0), each) for each in arrived)
+        due = []  # in order, as in a stream: what is measured after the delay has ended waits for what was before
         while self._queue and self._queue[0][0] <= t + 1e-9:
             due.append(self._queue.popleft()[1])
         return due
