@@ -197,7 +197,9 @@ def load_key(path: str | Path | None, address: str) -> bytes | None:
         if ipaddress.ip_address(address).is_loopback:
             return None
         make = "head -c 32 /dev/urandom | base64 > link.key; chmod 600 link.key"
-        raise DriverError(f"{address} is not a loopback address: both sides need the same key_file (--key-file); make one with: {make}")
+        raise DriverError(
+            f"{address} is not a loopback address: both sides need the same key_file (--key-file); make one with: {make}"
+        )
     try:
         mode, key = Path(path).stat().st_mode, Path(path).read_bytes().strip()
     except OSError as error:
