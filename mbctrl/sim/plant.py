@@ -13,13 +13,14 @@ from mbctrl.runtime.driver import JointCommand, RobotState, Status
 from mbctrl.sim.driver import SimDriver
 
 _DECELERATION = 10.0  # [rad/s²], of a robot without a limit of its own
+_RATE_SHARE = 0.9  # of the torque's rate limit, for the brake: gravity changes meanwhile
 
 
 class Plant:
     """One robot behind a wire protocol: ``tick`` is one of its control periods.
 
-    Without a command it holds where it is. ``halt`` brakes it as an arm's own controller does, at its acceleration limits,
-    and keeps it there until ``reset``; commands are refused meanwhile.
+    Without a command it holds where it is. ``halt`` brakes it as an arm's own controller does, at its acceleration limits
+    and within its torque rate, and keeps it there until ``reset``; commands are refused meanwhile.
 
     Args:
         mj: the compiled model.
@@ -36,11 +37,19 @@ class Plant:
         limit = robot.limits.acceleration
         self._deceleration = np.full(robot.nu, _DECELERATION) if limit is None else np.asarray(limit)[self._pick]
         self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
+        rate = robot.limits.effort_rate
+        self._step = np.full(robot.nu, np.inf) if rate is None else _RATE_SHARE * self.period * np.asarray(rate)
         self.status, self.reason = Status.OK, ""
         self.ticks = 0
         self.state: RobotState = self._driver.read()
         self._braking: tuple[np.ndarray, np.ndarray] | None = None
+        self.law: JointCommand  # in force, a client's or the plant's own
         self.release()
+
+    @property
+    def commanded(self) -> bool:
+        """Whether a client's command is in force."""
+        return self._braking is None
 
     def tick(self) -> RobotState:
         """Advance one control period; return the state, stamped with the robot's own time [s] from 0."""
@@ -56,7 +65,7 @@ class Plant:
         if not self.status.usable:
             return False
         self._braking = None
-        self._driver.write(law)
+        self._apply(law)
         return True
 
     def release(self) -> None:
@@ -79,4 +88,12 @@ class Plant:
         position, speed = self._braking
         slower = np.sign(speed) * np.maximum(np.abs(speed) - self._deceleration * self.period, 0.0)
         self._braking = position + 0.5 * (speed + slower) * self.period, slower
-        self._driver.write(JointCommand(*self._braking, *self._gains, np.zeros(len(self._pick))))
+        stiffness, damping = self._gains
+        last = self.state.tau - self.state.gravity
+        wanted = stiffness * (self._braking[0] - self.state.q[self._pick]) + damping * (slower - self.state.v[self._pick])
+        zero = np.zeros(len(wanted))
+        self._apply(JointCommand(*self._braking, zero, zero, wanted.clip(last - self._step, last + self._step)))
+
+    def _apply(self, law: JointCommand) -> None:
+        self.law = law
+        self._driver.write(law)
