@@ -26,11 +26,13 @@ from mbctrl.dynamics.load import Model
 from mbctrl.export.graph import OPSET
 from mbctrl.export.planner import FIGURES, PlannerGraphs
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
+from mbctrl.kernels.watch import trace_watch
 from mbctrl.planning.compiled import drive_of, term_factors
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.planner import Parameters, PlannerState
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.runtime.bundle import FORMAT, GOLDEN, MANIFEST, ROBOT, ROLLOUT, SEAL, digest, fingerprint
+from mbctrl.tasks.distance import capsule_capsule
 
 CASES = 4
 """Golden vectors: each costs one plan at every start of the runtime."""
@@ -126,7 +128,30 @@ def _traced(controller: MpcController) -> dict[str, Any]:
     for kind in kinds:
         traced = trace_objective(arm.tree, drive, arm.dt, tool, controller.task, kind, config.obstacles)
         goals.append({"goal": vars(kind), "traced": traced.to_dict()})
-    return {"step": trace_dynamics(arm.tree, drive).to_dict(), "goals": goals}
+    watch = trace_watch(arm.tree, drive, tool, config.obstacles, capsule_pairs(controller))
+    seen = {"traced": watch.to_dict(), "damping": arm.tree.damping.tolist(), "friction": arm.tree.friction.tolist()}
+    return {"step": trace_dynamics(arm.tree, drive).to_dict(), "goals": goals, "watch": seen}
+
+
+def capsule_pairs(controller: MpcController, draws: int = 400) -> list[tuple[int, int]]:
+    """Return the pairs of the arm's capsules that can come near each other and need not: not those of one link or of neighbours,
+    nor those that overlap at home or in half of random postures (capsules are wider than the bodies they stand for)."""
+    tree, robot = controller.analytic.tree, controller.robot
+    limits = robot.limits
+    q = np.random.default_rng(0).uniform(limits.position_lower, limits.position_upper, (draws, robot.nq))
+    q = torch.as_tensor(np.vstack([robot.home, q]).T, dtype=controller.analytic.dtype)
+    poses = controller.analytic.poses(q)
+    ends = [controller.analytic.points(poses, c.link, np.stack([c.a, c.b])) for c in tree.capsules]
+    kept = []
+    for i, a in enumerate(tree.capsules):
+        for j in range(i + 1, len(tree.capsules)):
+            b = tree.capsules[j]
+            if a.link == b.link or tree.parent[a.link] == b.link or tree.parent[b.link] == a.link:
+                continue
+            gap = capsule_capsule(*ends[i], a.radius, *ends[j], b.radius)
+            if gap[0] > 0 and (gap > 0).float().mean() > 0.5:
+                kept.append((i, j))
+    return kept
 
 
 def _manifest(controller: MpcController, nodes: dict[str, int], graphs: PlannerGraphs, traced: dict[str, Any]) -> dict[str, Any]:

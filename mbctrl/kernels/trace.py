@@ -134,13 +134,13 @@ def trace_objective(
     q, v, where_q = carry.advance()
     u = carry.u
     position = rotation = None
-    clearances: tuple[Array, ...] = ()
+    distances: tuple[Array, ...] = ()
     if goal.position or obstacles:
         links = {tool.link} | ({c.link for c in tree.capsules} if obstacles else set())
         turns = step.arm.turns(*(where_q if where_q is not None else step.angles(q)))
         poses = step.arm.world(*turns, links)
         rotation, position = frame_in_world(poses, tool)
-        clearances = tuple(_clearances(tree, poses, o, table.array(f"obstacle.{k}", 3)) for k, o in enumerate(obstacles))
+        distances = tuple(clearances(tree, poses, o, table.array(f"obstacle.{k}", 3)) for k, o in enumerate(obstacles))
     pick = list(drive.commanded)
     effort = u
     if drive.stiffness is not None and drive.damping is not None:
@@ -157,7 +157,7 @@ def trace_objective(
         p_world_target=table.array("p_target", 3) if goal.position else None,
         R_world_target=table.array("r_target", 3, 3) if goal.rotation else None,
         q_target=uniform.array("q_target", tree.n) if goal.joints else None,
-        clearances=clearances,
+        clearances=distances,
     )
     rate: Any = 0.0
     for factor, name in zip(factors, terms):
@@ -231,7 +231,7 @@ def _finished(
     return Traced(program, kinds["table"].places, kinds["uniform"].places, kinds["sample"].places, terms)
 
 
-def _clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array) -> Array:
+def clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array) -> Array:
     """Return the distances (C,) of the arm's capsules from an obstacle at ``center`` (3,)."""
     distances = np.empty(len(tree.capsules), dtype=object)
     for k, capsule in enumerate(tree.capsules):

@@ -48,3 +48,24 @@ def capsule_box(a: Any, b: Any, radius: Any, center: Any, half: Any, points: int
         distance = sqrt(dot(beyond, beyond) + _TINY) + inside
         nearest = distance if nearest is None else minimum(nearest, distance)
     return nearest - cover
+
+
+def capsule_capsule(a: Any, b: Any, radius: Any, c: Any, d: Any, other: Any) -> Any:
+    """Return the distance [m] of capsule (``a``, ``b``, ``radius``) from capsule (``c``, ``d``, ``other``), never too small.
+
+    The nearer of four candidates: the segments' common normal cut to both, and from each end the other segment's nearest
+    point. Source: Ericson (2005), section 5.1.9; exact but for crossings of nearly parallel segments, where the ends decide.
+    """
+    u, w, r = _difference(b, a), _difference(d, c), _difference(a, c)
+    uu, ww, uw, ur, wr = dot(u, u) + _TINY, dot(w, w) + _TINY, dot(u, w), dot(u, r), dot(w, r)
+    s = clip01((uw * wr - ur * ww) / (uu * ww - uw * uw + _TINY))
+    t = clip01((uw * s + wr) / ww)
+    s = clip01((uw * t - ur) / uu)
+    gap = [r[i] + s * u[i] - t * w[i] for i in range(3)]
+    nearest = dot(gap, gap)
+    for point, start, along, square in ((a, c, w, ww), (b, c, w, ww), (c, a, u, uu), (d, a, u, uu)):
+        reach = _difference(point, start)
+        part = clip01(dot(reach, along) / square)
+        gap = [reach[i] - part * along[i] for i in range(3)]
+        nearest = minimum(nearest, dot(gap, gap))
+    return sqrt(nearest + _TINY) - radius - other
