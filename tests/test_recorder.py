@@ -276,3 +276,34 @@ def test_what_is_no_log_is_told_of(tmp_path):
         read_recording(tmp_path / "x.mcap")
     with pytest.raises(SpecError, match="No such file"):
         read_recording(tmp_path / "y.mcap")
+
+
+def test_replay_shows_what_happened(opened, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import io
+
+    from rich.console import Console
+
+    from mbctrl.cli import replay as verb
+
+    recorder = opened()
+    for n in range(900):
+        one = record(n)
+        one["q"], one["v"], one["tau"], one["clamped"] = ROBOT.home, 0.0, 0.0, 0
+        one["v"][3] = ROBOT.limits.velocity[3] * (1.5 if n == 500 else 0.1)
+        recorder.put(one)
+    for n in range(20):
+        recorder.event(0.4, "error", f"[plan] stale {n}")
+    recorder.close()
+    shown = io.StringIO()
+    monkeypatch.setattr(verb, "console", Console(file=shown, width=150))
+    assert verb.replay(tmp_path / "log.mcap") == 0
+    text = shown.getvalue()
+    for part in ("0.899 s, 900 records", "1000.0 Hz of 1000 Hz", "150% of the limit by joint4", "0 of 900", "8 earlier ones"):
+        assert part in text, text
+    assert "RUN 0.000 s → HOLD 0.400 s → STOP 0.800 s" in text and "[plan] stale 19" in text and "cut off" not in text
+    assert (tmp_path / "plots.png").stat().st_size > 10_000
+    (tmp_path / "cut.mcap").write_bytes((tmp_path / "log.mcap").read_bytes()[:60_000])
+    assert verb.replay(str(tmp_path / "cut.mcap")) == 0 and "cut off" in shown.getvalue()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert verb.replay(tmp_path / "log.mcap") == 0 and 'pip install "mbctrl[sim]"' in shown.getvalue()
