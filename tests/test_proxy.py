@@ -190,12 +190,14 @@ def test_the_robot_is_stopped_when_the_control_process_dies(tmp_path, end):
     script = tmp_path / "control.py"
     script.write_text(CONTROL)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    control = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
-    )
+    with open(tmp_path / "said", "wb") as said:
+        control = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, stderr=said, env=environment, text=True
+        )
     with control:
         pid, folder = control.stdout.readline().split()
         control.send_signal(end)
     wait_for(lambda: diary(tmp_path)[-1] == "stop")
     wait_for(lambda: not Path(f"/proc/{pid}").exists() and not Path(folder).exists())
     assert diary(tmp_path) == ["open", "command", "stop"]
+    assert end == signal.SIGINT or "Traceback" not in (tmp_path / "said").read_text()

@@ -31,7 +31,6 @@ TOPICS = {
     "/plan": ("plan_seq", "latency"),
     "/servo": (),  # whatever else a record has
 }
-LEVELS = ("debug", "info", "warning", "error")
 _CHANGES = {"/plan": "plan_seq"}  # a topic written only when this field changes
 _CHUNK = 32 * 1024
 _UNITS = {"t": "s", "stamp": "s", "latency": "s", "q": "rad", "q_ref": "rad", "v": "rad/s", "v_ref": "rad/s"}

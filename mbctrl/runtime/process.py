@@ -35,10 +35,13 @@ def quiet_start(process: BaseProcess) -> None:
 def answer(pipe: Connection, who: str, work: Callable[[], None]) -> None:
     """Run a child process's ``work`` until its pipe closes; whatever it raises goes to the parent through the pipe."""
     try:
-        work()
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except MbctrlError as error:
-        pipe.send(error)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
-        pipe.send(DriverError(f"the {who} failed: {type(error).__name__}: {error}", key=who))
+        try:
+            work()
+        except (EOFError, BrokenPipeError, KeyboardInterrupt):
+            return
+        except MbctrlError as error:
+            pipe.send(error)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
+            pipe.send(DriverError(f"the {who} failed: {type(error).__name__}: {error}", key=who))
+    except OSError:
+        pass  # the parent is gone: nobody is left to tell

@@ -20,7 +20,7 @@ import numpy as np
 from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState, Status
-from mbctrl.runtime.process import answer, quiet_start
+from mbctrl.runtime.process import answer, quiet_start, steady
 from mbctrl.runtime.realtime import AbsoluteClock, RealTime
 from mbctrl.runtime.shared import Mailbox, private_folder
 
@@ -205,7 +205,7 @@ class DriverProcess(Driver):
 
     def _usable(self) -> _Boxes:
         if self._failed is not None:
-            raise self._failed
+            raise self._failed.with_traceback(None)  # raised again and again, it would grow by every one
         if self._boxes is None:
             raise DriverError("is not open", key="driver")
         return self._boxes
@@ -260,7 +260,8 @@ def _drive(pipe: Connection, job: _Job, boxes: _Boxes) -> None:
         driver.open()
         boxes.publish(driver.read())
         pipe.send((driver.senses_torque, notes))
-        _exchange(driver, job, boxes)
+        with steady():
+            _exchange(driver, job, boxes)
     finally:
         signal.alarm(_STOP_LIMIT)  # a stop that hangs ends the process: the robot's own watchdog is left to act
         driver.stop()

@@ -19,12 +19,12 @@ import numpy as np
 
 from mbctrl.base.errors import DriverError, SpecError
 from mbctrl.base.extras import need
-from mbctrl.runtime.logfile import LEVELS, LogWriter
+from mbctrl.runtime.logfile import LogWriter
 from mbctrl.runtime.process import answer, quiet_start
 from mbctrl.runtime.shared import Mailbox, Ring, private_folder
 
 _TEXT = 240  # bytes of an event
-_EVENT = np.dtype([("t", "f8"), ("level", "u1"), ("text", f"S{_TEXT}")])
+_EVENT = np.dtype([("t", "f8"), ("level", "S8"), ("text", f"S{_TEXT}")])
 _STATUS = np.dtype([("beat", "f8"), ("written", "u8"), ("failed", "u1"), ("why", f"S{_TEXT}")])
 _EVENTS = 1000  # room for events
 _PAUSE = 0.02  # [s] between two looks into the ring
@@ -104,11 +104,11 @@ class Recorder:
         self._count += 1
 
     def event(self, t: float, level: str, text: str) -> None:
-        """Take an event at the loop's time ``t`` [s]; ``level`` is one of ``logfile.LEVELS``, ``text`` is cut at 240 bytes."""
-        short = text.encode()[:_TEXT].decode(errors="ignore")
+        """Take an event at the loop's time ``t`` [s]; ``level`` is debug, info, warning or error; ``text`` is cut at 240 bytes."""
+        short = text.encode(errors="replace")[:_TEXT].decode(errors="ignore")
         self._recent.append((t, level, short))
         if self._process is not None:
-            self._events.put(np.array((t, LEVELS.index(level), short.encode()), _EVENT))
+            self._events.put(np.array((t, level.encode(), short.encode()), _EVENT))
 
     @property
     def healthy(self) -> bool:
@@ -119,9 +119,9 @@ class Recorder:
     def trouble(self) -> str:
         """Why the log has ended, "" while it has not."""
         if self._process is None or (got := self._status.read()) is None:
-            return "" if self._process is None else "the log process has not started"
+            return ""
         if got[1]["failed"]:
-            return bytes(got[1]["why"]).decode()
+            return got[1]["why"].decode(errors="replace")
         if (age := time.monotonic() - got[1]["beat"]) > _SILENCE:
             return f"the log process has not answered for {age:.0f} s" if self._process.is_alive() else "the log process died"
         return ""
@@ -212,7 +212,7 @@ def _log(pipe: Connection, job: _Job, asked: Sequence[int]) -> None:
             batch, said = records.drain(500), events.drain()
             writer.add(batch)
             for event in said:
-                writer.event(float(event["t"]), LEVELS[event["level"]], bytes(event["text"]).decode(errors="replace"))
+                writer.event(float(event["t"]), event["level"].decode(), event["text"].decode())
             writer.flush()
             written += len(batch)
             say()
