@@ -60,6 +60,14 @@ def opened(tmp_path):
         one.close()
 
 
+def made(path: Path, number: int) -> None:
+    """Write a log of ``number`` records without a log process."""
+    recorder = Recorder(path, DTYPE, HEADER, rate=1000.0)
+    for n in range(number):
+        recorder.put(record(n))
+    recorder.dump(path)
+
+
 def written(recorder: Recorder) -> int:
     return int(recorder._status.read()[1]["written"])
 
@@ -238,10 +246,8 @@ def test_the_log_is_whole_when_the_control_process_dies(tmp_path, end):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.999])
-def test_a_log_cut_off_anywhere_is_read_up_to_there(opened, tmp_path, share):
-    recorder = opened()
-    feed(recorder, 0, 1000)
-    recorder.close()
+def test_a_log_cut_off_anywhere_is_read_up_to_there(tmp_path, share):
+    made(tmp_path / "log.mcap", 1000)
     data = (tmp_path / "log.mcap").read_bytes()
     cut = tmp_path / "cut.mcap"
     cut.write_bytes(data[: int(share * len(data))])
@@ -253,10 +259,8 @@ def test_a_log_cut_off_anywhere_is_read_up_to_there(opened, tmp_path, share):
     assert not recording.whole and 0.8 * share * 1000 - 50 <= len(recording.topics["/state"]["t"]) <= 1000
 
 
-def test_a_damaged_log_shows_no_damaged_number(opened, tmp_path):
-    recorder = opened()
-    feed(recorder, 0, 1000)
-    recorder.close()
+def test_a_damaged_log_shows_no_damaged_number(tmp_path):
+    made(tmp_path / "log.mcap", 1000)
     data = bytearray((tmp_path / "log.mcap").read_bytes())
     for where in range(len(data) // 2, len(data), 997):
         data[where] ^= 16

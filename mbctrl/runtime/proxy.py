@@ -42,7 +42,7 @@ def _state_type(robot: Robot) -> np.dtype:
 
 
 def _command_type(robot: Robot) -> np.dtype:
-    return np.dtype([(part, "f8", (robot.nu,)) for part in _PARTS])
+    return np.dtype((np.float64, (len(_PARTS), robot.nu)))
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,20 @@ class _Boxes:
         self.states = Mailbox(folder / "state", _state_type(robot))
         self.commands = Mailbox(folder / "command", _command_type(robot))
         self.beats = Mailbox(folder / "beat", _BEAT)
-        self._state, self._command, self._beat = (np.zeros((), box.dtype) for box in (self.states, self.commands, self.beats))
+        self._state, self._beat = np.zeros((), self.states.dtype), np.zeros((), self.beats.dtype)
+        self._command = np.zeros((len(_PARTS), robot.nu))
 
     def beat(self, stop: bool = False) -> None:
         self._beat["beat"], self._beat["stop"] = time.monotonic(), stop
         self.beats.write(self._beat)
 
-    def command(self, command: JointCommand) -> None:
-        for part in _PARTS:
-            self._command[part] = getattr(command, part)
+    def command(self, command: JointCommand) -> bool:
+        for row, part in enumerate(_PARTS):
+            self._command[row] = getattr(command, part)
+        if not np.isfinite(self._command).all():  # in one go: this is called every period
+            return False
         self.commands.write(self._command)
+        return True
 
     def publish(self, state: RobotState | None, ended: bool = False) -> None:
         record = self._state
@@ -171,9 +175,8 @@ class DriverProcess(Driver):
     def write(self, command: JointCommand) -> None:
         """Hand a command over; DriverError where it is not finite or the driver's process has failed."""
         boxes = self._usable()
-        if not command.finite():
+        if not boxes.command(command):
             raise DriverError("a command that is not finite", key="driver")
-        boxes.command(command)
         boxes.beat()
 
     def stop(self) -> None:
@@ -284,5 +287,5 @@ def _exchange(driver: Driver, job: _Job, boxes: _Boxes) -> None:
             raise DriverError(f"the control process was silent for {silence * 1e3:.0f} ms: stopped by itself", key="driver")
         if boxes.commands.number != taken and (got := boxes.commands.read()) is not None:
             taken, record = got
-            driver.write(JointCommand(*(record[part] for part in _PARTS)))
+            driver.write(JointCommand(*record))
         boxes.publish(driver.read())
