@@ -13,7 +13,7 @@ from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import DriverError
 from mbctrl.base.extras import need
 from mbctrl.base.poses import quaternion_from_rotation, rotation_from_quaternion
-from mbctrl.cli.process import answer, quiet_start
+from mbctrl.runtime.process import answer, quiet_start
 
 Target = tuple[np.ndarray, np.ndarray | None]
 

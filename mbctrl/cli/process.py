@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import DriverError, MbctrlError
+from mbctrl.base.errors import DriverError
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.runtime.loop import PlannerPort
+from mbctrl.runtime.process import answer, quiet_start, steady
 
 
 class ProcessPort(PlannerPort):
@@ -79,38 +75,6 @@ class ProcessPort(PlannerPort):
         if isinstance(answer, BaseException):
             raise answer
         return answer
-
-
-@contextmanager
-def steady() -> Iterator[None]:
-    """Keep the garbage collector off what exists already: a full collection of it holds a period up by tens of milliseconds."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def quiet_start(process: BaseProcess) -> None:
-    """Start a process that ignores Ctrl-C from its first instruction on: that is the control side's to handle."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def answer(pipe: Connection, who: str, work: Callable[[], None]) -> None:
-    """Run a child process's ``work`` until its pipe closes; whatever it raises goes to the parent through the pipe."""
-    try:
-        work()
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except MbctrlError as error:
-        pipe.send(error)
-    except Exception as error:  # noqa: BLE001 -- whatever it is, the control side must learn of it
-        pipe.send(DriverError(f"the {who} failed: {type(error).__name__}: {error}", key=who))
 
 
 def _serve(pipe: Connection, config: RunConfig, file: Path) -> None:

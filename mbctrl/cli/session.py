@@ -24,12 +24,13 @@ from mbctrl.base.robot import Robot
 from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
 from mbctrl.cli.build import build_controller, check_goal, load_run_model, load_truth
-from mbctrl.cli.process import ProcessPort, steady
+from mbctrl.cli.process import ProcessPort
 from mbctrl.dynamics.load import Model
 from mbctrl.report.summary import Summary, summarise
 from mbctrl.runtime.clock import LockstepClock, RealClock
 from mbctrl.runtime.driver import RobotState
 from mbctrl.runtime.loop import ControlLoop, InlinePort, Tick
+from mbctrl.runtime.process import steady
 from mbctrl.runtime.progress import Progress
 from mbctrl.sim.driver import SimDriver
 from mbctrl.sim.monitor import Monitor
