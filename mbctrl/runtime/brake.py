@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbctrl.base.errors import DriverError
-from mbctrl.base.extras import need
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import JointCommand
 
 _DECELERATION = 10.0  # [rad/s²], of a robot without a limit of its own: what arms of this size publish and more than they need
+_JERK = 1e9  # [rad/s³], of a robot without a limit: none to speak of
 
 
 @dataclass(frozen=True)
@@ -45,46 +45,62 @@ class MotionLimits:
         return cls(picked(limits.position_lower), picked(limits.position_upper), velocity, used, allowed, jerk)
 
 
-class Stopping:
-    """Plans stops, every joint for itself and as short as its limits allow.
+@dataclass(frozen=True)
+class Stop:
+    """A stop, every joint for itself and as short as its limits allow: the acceleration is brought to a peak, held, and
+    brought back to 0, all at the jerk limit.
 
-    Source: Berscheid and Kröger, "Jerk-limited real-time trajectory generation with arbitrary target states" (2021), by
-    their library ruckig.
-
-    Errors:
-        ExtraError: without ruckig.
+    ``q``, ``v``, ``a`` (n,) are where it begins, ``times`` (3, n) how long the three parts last [s], ``jerks`` (3, n).
     """
 
-    def __init__(self, limits: MotionLimits) -> None:
-        self._ruckig = need("ruckig", "deploy", "braking")
-        n = len(limits.low)
-        self._solver, self._input = self._ruckig.Ruckig(n), self._ruckig.InputParameter(n)
-        self._input.control_interface = self._ruckig.ControlInterface.Velocity
-        self._input.synchronization = self._ruckig.Synchronization.No
-        self._input.target_velocity = self._input.target_acceleration = [0.0] * n
-        self._input.max_velocity = limits.velocity.tolist()
-        self._input.max_acceleration, self._input.max_jerk = limits.acceleration.tolist(), limits.jerk.tolist()
-        self._n = n
+    q: np.ndarray
+    v: np.ndarray
+    a: np.ndarray
+    times: np.ndarray
+    jerks: np.ndarray
 
-    def plan(self, q: np.ndarray, v: np.ndarray, a: np.ndarray):
-        """Return the ruckig trajectory from ``q`` (n,) [rad], ``v`` [rad/s], ``a`` [rad/s²] to rest.
+    @classmethod
+    def plan(cls, q: np.ndarray, v: np.ndarray, a: np.ndarray, acceleration: np.ndarray, jerk: np.ndarray) -> Stop:
+        """Return the stop from ``q`` [rad], ``v`` [rad/s] and ``a`` [rad/s²] (n,), all finite, within limits (n,).
 
-        Errors:
-            DriverError: for numbers that are not finite.
+        With a peak p of the acceleration against the motion, u the speed to lose and a the acceleration in that direction
+        to begin with, ``u = (2 p² - a²) / (2 jerk)``; where p is more than allowed the rest of u is lost while it is held.
         """
-        given, out = self._input, self._ruckig.Trajectory(self._n)
-        given.current_position, given.current_velocity, given.current_acceleration = q.tolist(), v.tolist(), a.tolist()
-        try:
-            failed = self._solver.calculate(given, out).value < 0
-        except self._ruckig.RuckigError as error:
-            raise DriverError(f"no stop could be planned: {error}", key="brake") from None
-        if failed:
-            raise DriverError("no stop could be planned", key="brake")
-        return out
+        jerk = np.minimum(jerk, _JERK)
+        way = np.where(v + a * np.abs(a) / (2 * jerk) > 0, -1.0, 1.0)  # against the speed that is left when a is taken back
+        lose, given = -way * v, way * a
+        peak = np.minimum(np.sqrt(np.maximum(jerk * lose + given**2 / 2, 0.0)), acceleration)
+        hold = (lose - (peak**2 - given**2 / 2) / jerk) / acceleration
+        times = np.maximum([(peak - given) / jerk, hold, peak / jerk], 0.0)
+        return cls(q, v, a, times, np.array([way * jerk, np.zeros_like(q), -way * jerk]))
 
-    def reach(self, q: np.ndarray, v: np.ndarray, a: np.ndarray) -> np.ndarray:
-        """Return the lowest and highest position (2, n) [rad] on the way to rest."""
-        return np.array([(bound.min, bound.max) for bound in self.plan(q, v, a).position_extrema]).T
+    @property
+    def duration(self) -> float:
+        """How long it takes [s]."""
+        return float(self.times.sum(0).max())
+
+    def at(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return position [rad], velocity [rad/s] and acceleration [rad/s²] (n,) at ``t`` [s] after the beginning."""
+        q, v, a, left = self.q, self.v, self.a, t
+        for time, jerk in zip(self.times, self.jerks):
+            part = np.minimum(time, left)
+            q = q + part * (v + part * (a / 2 + part * jerk / 6))
+            v = v + part * (a + part * jerk / 2)
+            a = a + part * jerk
+            left = left - part
+        rest = left > 0
+        return q, np.where(rest, 0.0, v), np.where(rest, 0.0, a)
+
+    def reach(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lowest and highest position (n,) [rad] on the way."""
+        end = self.at(np.inf)[0]
+        # The speed changes sign only while an acceleration is taken back that is too much: in the first part.
+        inner = self.a**2 - 2 * self.jerks[0] * self.v
+        turn = np.clip((np.abs(self.a) - np.sqrt(np.maximum(inner, 0.0))) / np.abs(self.jerks[0]), 0.0, self.times[0])
+        turn = np.where((self.a * self.v < 0) & (self.a * self.jerks[0] < 0), turn, 0.0)
+        between = self.q + turn * (self.v + turn * (self.a / 2 + turn * self.jerks[0] / 6))
+        ways = np.array([self.q, between, end])
+        return ways.min(0), ways.max(0)
 
 
 class Brake:
@@ -99,8 +115,8 @@ class Brake:
         self._stiffness, damping = np.array(robot.control.stiffness), np.array(robot.control.damping)
         limits = MotionLimits.of(robot)
         self._damping = np.where(damping > 0, damping, np.array(robot.limits.effort) / limits.velocity)
-        self._stopping, self._limits, self._n = Stopping(limits), limits, robot.nu
-        self._plan = None
+        self._limits, self._n = limits, robot.nu
+        self._stop: Stop | None = None
         self._started = 0.0
 
     def start(self, t: float, q: np.ndarray, v: np.ndarray, a: np.ndarray | None = None) -> None:
@@ -109,22 +125,23 @@ class Brake:
         Errors:
             DriverError: for numbers that are not finite.
         """
-        limits = self._limits
-        zero = np.zeros(self._n)
-        # Beyond a limit there is no admissible stop to plan; clipped, the reference only brakes harder.
-        v = np.clip(v, -limits.velocity, limits.velocity)
-        a = zero if a is None or not np.isfinite(limits.jerk).all() else np.clip(a, -limits.acceleration, limits.acceleration)
-        self._plan, self._started = self._stopping.plan(np.asarray(q, float), v, a), t
+        limits, zero = self._limits, np.zeros(self._n)
+        a = zero if a is None or not np.isfinite(limits.jerk).all() else a
+        if not all(np.isfinite(part).all() for part in (q, v, a)):
+            raise DriverError("a stop cannot begin at a number that is not finite", key="brake")
+        # Beyond a limit there is no admissible stop; clipped, the reference brakes harder than it could and the arm follows.
+        v, a = np.clip(v, -limits.velocity, limits.velocity), np.clip(a, -limits.acceleration, limits.acceleration)
+        self._stop, self._started = Stop.plan(np.array(q, float), v, a, limits.acceleration, limits.jerk), t
 
     @property
     def active(self) -> bool:
         """Whether a stop was started."""
-        return self._plan is not None
+        return self._stop is not None
 
     @property
     def duration(self) -> float:
         """Time from ``start`` to rest [s]; NaN where the arm is only damped, or before ``start``."""
-        return float("nan") if self._plan is None or self._torque_mode else self._plan.duration
+        return float("nan") if self._stop is None or self._torque_mode else self._stop.duration
 
     def at(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the reference (nu,) [rad] and its velocity [rad/s] at ``t`` [s]; at rest after the stop.
@@ -132,13 +149,9 @@ class Brake:
         Errors:
             DriverError: before ``start``.
         """
-        if self._plan is None:
+        if self._stop is None:
             raise DriverError("no stop was started", key="brake")
-        elapsed = t - self._started
-        if elapsed >= self._plan.duration:
-            return np.array(self._plan.at_time(self._plan.duration)[0]), np.zeros(self._n)
-        q, v, _ = self._plan.at_time(max(elapsed, 0.0))
-        return np.array(q), np.array(v)
+        return self._stop.at(max(t - self._started, 0.0))[:2]
 
     def command(self, t: float, gravity: np.ndarray | None = None, compliant: bool = False) -> JointCommand:
         """Return the law to apply at ``t`` [s].
@@ -155,4 +168,4 @@ class Brake:
 
     def release(self) -> None:
         """Forget the stop."""
-        self._plan = None
+        self._stop = None

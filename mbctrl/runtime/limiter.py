@@ -10,11 +10,12 @@ import numpy as np
 from mbctrl.base.errors import DriverError
 from mbctrl.base.extras import need
 from mbctrl.base.robot import Robot
-from mbctrl.runtime.brake import MotionLimits, Stopping
+from mbctrl.runtime.brake import MotionLimits, Stop
 
 _ROUNDING = 1e-9  # share of a limit that differences of rounded numbers may be off
 _INSIDE = 1e-8  # [rad] targets keep to the limits, so that a stop planned onto one does not end beyond it by rounding
-_TARGET_SPEED = 0.99  # share of the speed from which a moving target could still stop before a limit
+_TARGET_SPEED = 0.99  # share of the velocity limit up to which a moving target is followed: some has to be left to catch up
+_TARGET_SHARE = 0.5  # share of the acceleration a moving target is expected to stop with before a position limit
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,11 @@ class Limiter:
         ruckig = need("ruckig", "deploy", "limiting references")
         self.limits, self._settings = MotionLimits.of(robot), settings or LimiterSettings()
         self._dt, self._n = 1 / robot.control.rate, robot.nu
-        self._stopping = Stopping(self.limits)
         self._ruckig, self._solver, self._input = ruckig, ruckig.Ruckig(self._n), ruckig.InputParameter(self._n)
         self._input.synchronization = ruckig.Synchronization.No
-        self._input.max_velocity = self.limits.velocity.tolist()
         self._input.max_acceleration = self.limits.acceleration.tolist()
         self._input.max_jerk = self.limits.jerk.tolist()
-        self._input.target_acceleration = [0.0] * self._n
+        self._input.target_position = self._input.target_velocity = self._input.target_acceleration = [0.0] * self._n
         self._smooth = bool(np.isfinite(self.limits.jerk).all())
         self.counts: Counter[str] = Counter()
         self._q: np.ndarray | None = None
@@ -148,8 +147,17 @@ class Limiter:
     def _too_far(self, motion: tuple[np.ndarray, np.ndarray, np.ndarray], ignored: np.ndarray) -> np.ndarray:
         """Return the joints that cannot stop before a position limit; ``ignored`` ones are not looked at."""
         q, v, a = motion
-        low, high = self._stopping.reach(q, np.where(ignored, 0.0, v), np.where(ignored, 0.0, a))
-        return ((low < self.limits.low) & (low < q)) | ((high > self.limits.high) & (high > q))
+        limits = self.limits
+        # Most steps are far from every limit; there a bound does: never faster than the peak, never longer than the three parts.
+        peak = np.abs(v) + a * a / (2 * limits.jerk)
+        bound = peak * (peak / limits.acceleration + (2 * np.abs(a) + limits.acceleration) / limits.jerk)
+        if ((q - bound > limits.low) & (q + bound < limits.high) | ignored).all():
+            return np.zeros(self._n, bool)
+        low, high = self._stop((q, np.where(ignored, 0.0, v), np.where(ignored, 0.0, a))).reach()
+        return ((low < limits.low) & (low < q)) | ((high > limits.high) & (high > q))
+
+    def _stop(self, motion: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Stop:
+        return Stop.plan(*motion, self.limits.acceleration, self.limits.jerk)
 
     def _meets(self, v: np.ndarray, a: np.ndarray, asked_v: np.ndarray) -> np.ndarray:
         """Return the joints that can follow the stream from here on, should it go on as it does: the next two steps."""
@@ -168,24 +176,31 @@ class Limiter:
             fine = ~(self._too_fast(step) | self._too_far(step, ~off))
             if fine[off].all():
                 return step
-        stop = tuple(np.array(part) for part in self._stopping.plan(*start).at_time(self._dt))
+        stop = self._stop(start).at(self._dt)
         return stop if step is None else tuple(np.where(fine, a, b) for a, b in zip(step, stop))
 
     def _towards(
         self, start: tuple[np.ndarray, np.ndarray, np.ndarray], off: np.ndarray, target: np.ndarray, speed: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the time-optimal motion towards a moving target one period on; None where there is none."""
+        """Return the time-optimal motion to where a moving target will be met, one period on; None where there is none.
+
+        Planned in the frame that moves with the target, which is at rest there.
+        """
         limits, given, out = self.limits, self._input, self._ruckig.Trajectory(self._n)
         target = target.clip(limits.low + _INSIDE, limits.high - _INSIDE)
         left = np.where(speed > 0, limits.high - target, target - limits.low)
-        ramp = limits.acceleration**2 / (2 * limits.jerk)  # speed given away while the acceleration is brought up
-        most = np.minimum(np.sqrt(ramp**2 + 2 * limits.acceleration * left) - ramp, limits.velocity) * _TARGET_SPEED
+        firm = _TARGET_SHARE * limits.acceleration
+        ramp = firm**2 / (2 * limits.jerk)  # speed given away while the acceleration is brought up
+        most = np.minimum(np.sqrt(ramp**2 + 2 * firm * left) - ramp, _TARGET_SPEED * limits.velocity)
+        speed = speed.clip(-most, most)
         given.enabled = off.tolist()
-        given.current_position, given.current_velocity, given.current_acceleration = (part.tolist() for part in start)
-        given.target_position, given.target_velocity = target.tolist(), speed.clip(-most, most).tolist()
+        given.current_position = (start[0] - target + speed * self._dt).tolist()
+        given.current_velocity, given.current_acceleration = (start[1] - speed).tolist(), start[2].tolist()
+        given.max_velocity, given.min_velocity = (limits.velocity - speed).tolist(), (-limits.velocity - speed).tolist()
         try:
             if self._solver.calculate(given, out).value < 0:
                 return None
         except self._ruckig.RuckigError:
             return None
-        return tuple(np.array(part) for part in out.at_time(self._dt))
+        q, v, a = (np.array(part) for part in out.at_time(self._dt))
+        return target + q, v + speed, a
