@@ -99,7 +99,7 @@ class Limiter:
         a = (v - self._v) / dt
         jerk = (a - self._a) / dt
         wrong = {"non-finite": ~finite, "position": finite & (inside != reference)}
-        wrong |= self._beyond(inside, v, a, jerk)
+        wrong |= {kind: mask & finite for kind, mask in self._beyond(inside, v, a, jerk).items()}
         off = np.logical_or.reduce(list(wrong.values()))
         joining = self._off & ~off
         if joining.any():

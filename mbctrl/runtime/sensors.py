@@ -49,7 +49,7 @@ class Reading:
 
     ``state``: the new measurement, or the last good one as it was or extrapolated; None before the first good one.
     ``count``: how many calls in a row it has been held. ``fault``: its number in the fault table, 0 when GOOD; ``reason``
-    says what was found and what was expected.
+    says what was found and what was expected. ``lasting``: for how long the verdict has been FAULTY [s].
     """
 
     state: RobotState | None
@@ -57,6 +57,7 @@ class Reading:
     count: int = 0
     fault: int = 0
     reason: str = ""
+    lasting: float = 0.0
 
 
 class SensorCheck:
@@ -81,9 +82,18 @@ class SensorCheck:
         self._good: RobotState | None = None
         self._now: float | None = None
         self._held = self._misordered = 0
+        self._since: float | None = None
 
     def __call__(self, state: RobotState, now: float) -> Reading:
         """Judge the newest measurement at ``now`` [s], the clock its stamp is on; once a control period."""
+        reading = self._judged(state, now)
+        if reading.verdict is not Verdict.FAULTY:
+            self._since = None
+            return reading
+        self._since = now if self._since is None else self._since
+        return replace(reading, lasting=now - self._since)
+
+    def _judged(self, state: RobotState, now: float) -> Reading:
         paused = 0.0 if self._now is None else now - self._now
         self._now = now
         limit = self.settings.gap * self._period
@@ -94,12 +104,12 @@ class SensorCheck:
         if not state.status.usable:
             self.counts["status"] += 1
             return self._faulty(17, f"the robot reports {state.status.value}")
+        if self._good is not None and state.seq <= self._good.seq:
+            return self._no_news(state, now)
         wrong = self._unbelievable(state)
         if wrong:
             self.counts["unbelievable"] += 1
             return self._bridged(2, wrong, self.settings.hold, self._good)
-        if self._good is not None and state.seq <= self._good.seq:
-            return self._no_news(state, now)
         late = self._late(state, now)
         if late:
             return self._bridged(4, late, self.settings.extrapolate, self._extrapolated(now))
@@ -149,7 +159,8 @@ class SensorCheck:
         most = self.settings.jump * self._speed * elapsed + self.settings.slack
         if (moved > most).any():
             joint = int((moved - most).argmax())
-            return f"{self._joints[joint]} jumped by {moved[joint]:.3g} rad in {1e3 * elapsed:.1f} ms, expected at most {most[joint]:.3g} rad"
+            found, expected = f"{moved[joint]:.3g} rad in {1e3 * elapsed:.1f} ms", f"{most[joint]:.3g} rad"
+            return f"{self._joints[joint]} jumped by {found}, expected at most {expected}"
         return ""
 
     def _bridged(self, fault: int, reason: str, most: int, state: RobotState | None) -> Reading:
