@@ -106,13 +106,14 @@ class SensorCheck:
             return self._faulty(17, f"the robot reports {state.status.value}")
         if self._good is not None and state.seq <= self._good.seq:
             return self._no_news(state, now)
-        wrong = self._unbelievable(state)
+        wrong = self._incomplete(state)
+        late = "" if wrong else self._late(state, now)
+        if late:
+            return self._bridged(4, late, self.settings.extrapolate, self._extrapolated(now))
+        wrong = wrong or self._impossible(state)
         if wrong:
             self.counts["unbelievable"] += 1
             return self._bridged(2, wrong, self.settings.hold, self._good)
-        late = self._late(state, now)
-        if late:
-            return self._bridged(4, late, self.settings.extrapolate, self._extrapolated(now))
         if self._good is not None:
             self.counts["lost"] += state.seq - self._good.seq - 1
         self._good, self._held, self._misordered = state, 0, 0
@@ -138,16 +139,18 @@ class SensorCheck:
         self.counts["stale"] += 1
         return f"the newest measurement is {1e3 * age:.1f} ms old, expected at most {1e3 * most:.1f} ms"
 
-    def _unbelievable(self, state: RobotState) -> str:
-        """Return what cannot be true of a measurement, or nothing."""
+    def _incomplete(self, state: RobotState) -> str:
+        """Return what is not a number, or not one of this robot's, or nothing."""
         for name, size in self._sizes.items():
             part = np.asarray(getattr(state, name))
             if part.shape != (size,):
                 return f"{name} has shape {part.shape}, expected ({size},)"
             if not np.isfinite(part).all():
                 return f"{name} is not finite"
-        if not np.isfinite(state.stamp):
-            return f"the stamp is {state.stamp}"
+        return "" if np.isfinite(state.stamp) else f"the stamp is {state.stamp}"
+
+    def _impossible(self, state: RobotState) -> str:
+        """Return the joint that moves faster than it can, or nothing."""
         fast = np.abs(state.v) - self.settings.jump * self._speed
         if fast.max() > 0:
             joint = int(fast.argmax())
