@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import load_robot
 from mbctrl.runtime.brake import Brake, MotionLimits, Stop
+from mbctrl.runtime.limiter import Limiter
 
 SHARE = st.floats(-1, 1)
 
@@ -140,3 +141,23 @@ def test_a_released_brake_is_not_active() -> None:
     brake.start(0.0, np.zeros(6), np.ones(6))
     brake.release()
     assert not brake.active
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 7, 40, 150, 400, 777])
+def test_a_brake_takes_over_from_the_limiter_within_its_limits(after: int) -> None:
+    robot = load_robot("panda")
+    limits, dt, rng = MotionLimits.of(robot), 1 / robot.control.rate, np.random.default_rng(after)
+    limiter, brake = Limiter(robot), Brake(robot)
+    limiter.reset(np.array(robot.home))
+    wild = rng.uniform(limits.low - 1, limits.high + 1, (after // 50 + 1, 7))
+    smooth = robot.home + 0.1 * (1 - np.cos(2 * np.arange(after) * dt))[:, None] ** 2
+    path = [limiter(smooth[k] if after % 2 else wild[k // 50]).q for k in range(after)]
+    brake.start(0.0, *limiter.motion())
+    path += [brake.at(k * dt)[0] for k in range(1, int(brake.duration / dt) + 10)]
+    q = np.vstack([[robot.home] * 3, path])
+    v = np.diff(q, axis=0) / dt
+    a = np.diff(v, axis=0) / dt
+    assert (q >= limits.low - 1e-12).all() and (q <= limits.high + 1e-12).all()
+    for part, limit in ((v, limits.velocity), (a, limits.acceleration), (np.diff(a, axis=0) / dt, limits.jerk)):
+        assert (np.abs(part) <= limit * (1 + 1e-6) + 1e-5).all()
+    assert (q[-1] == q[-2]).all()

@@ -14,7 +14,8 @@ Function = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class ContactSettings:
-    """
+    """How fast and how sure.
+
     Args:
         gain: of the observer [1/s]; external torques are seen through a low-pass filter with time constant 1 / gain.
         settle: for how long a joint's residual must be over its threshold [s].
