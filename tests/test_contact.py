@@ -134,6 +134,11 @@ def test_it_is_the_momentum_observer_as_published() -> None:
         np.testing.assert_allclose(felt.torque, [residual], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("force", [3.0, -3.0])
+def test_a_push_counts_either_way(force: float) -> None:
+    assert slide(mass(), force, 400)[-1].joints == (0,)
+
+
 def test_a_contact_has_to_last() -> None:
     felt = slide(mass(gain=1e6, settle=0.01), 3.0, 20)
     assert [bool(contact) for contact in felt] == [False] * 10 + [True] * 10

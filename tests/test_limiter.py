@@ -15,6 +15,10 @@ from mbctrl.runtime.brake import Brake
 from mbctrl.runtime.limiter import Limited, Limiter, LimiterSettings
 
 ROBOTS = {name: load_robot(name) for name in ("panda", "ur10e", "arm2")}
+_panda = ROBOTS["panda"]
+ROBOTS["gentle"] = _panda.model_copy(  # one whose acceleration takes 50 periods to come up, not 2
+    update={"limits": _panda.limits.model_copy(update={"jerk": tuple(jerk / 25 for jerk in _panda.limits.jerk)})}
+)
 BOUNDED = settings(deadline=None, max_examples=40, derandomize=True)
 
 
@@ -111,7 +115,7 @@ def test_a_brake_at_any_time_stays_within_the_position_limits(drawn: tuple[Robot
 
 
 @BOUNDED
-@given(st.sampled_from(sorted(ROBOTS)), st.floats(0, 0.05), st.floats(0.1, 1.0))
+@given(st.sampled_from(sorted(ROBOTS)), st.floats(0, 0.04), st.floats(0.1, 1.0))
 def test_a_signal_within_the_limits_passes_bit_for_bit(name: str, amplitude: float, frequency: float) -> None:
     robot = ROBOTS[name]
     signal = smooth(robot, amplitude, frequency)
@@ -166,8 +170,9 @@ def test_one_joint_beyond_its_limits_leaves_the_others_alone() -> None:
     assert (done.q[:, others] == signal[:, others]).all() and done.limited[300:, 2].any()
 
 
-def test_a_reference_that_is_not_finite_brakes_the_joint() -> None:
-    robot = ROBOTS["panda"]
+@pytest.mark.parametrize("name", ["panda", "gentle"])
+def test_a_reference_that_is_not_finite_brakes_the_joint(name: str) -> None:
+    robot = ROBOTS[name]
     signal = smooth(robot, 0.03, 0.5)
     signal[500:, 0] = np.nan
     done = run(robot, signal)
@@ -185,6 +190,18 @@ def test_lasting_limiting_is_told_after_its_time_and_only_without_a_break() -> N
     assert answers[-1].lasting == pytest.approx(0.12)
     limiter.reset(home)
     assert not limiter(home).persistent
+
+
+@pytest.mark.parametrize("spacing", [0.02, 0.05])
+def test_corners_of_an_interpolated_plan_are_rounded_and_not_held_against_it(spacing: float) -> None:
+    robot = ROBOTS["panda"]
+    signal, step = smooth(robot, 0.03, 1.0, 2.0), int(spacing * robot.control.rate)
+    ticks = np.arange(len(signal))
+    corners = np.stack([np.interp(ticks, ticks[::step], column[::step]) for column in signal.T], axis=1)
+    done = run(robot, corners)
+    check_limits(robot, done)
+    assert done.limited.any() and max(answer.lasting for answer in done.answers) < 0.1
+    assert np.abs(done.q - signal).max() < 0.01
 
 
 def test_a_missing_acceleration_limit_is_not_invented_but_a_stop_needs_one() -> None:

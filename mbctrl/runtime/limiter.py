@@ -20,17 +20,24 @@ _TARGET_SHARE = 0.5  # share of the acceleration a moving target is expected to 
 
 @dataclass(frozen=True)
 class LimiterSettings:
-    """``persistent``: how long without a break a reference may be limited before it counts as persistent [s]."""
+    """When limiting counts as persistent.
+
+    Args:
+        persistent: for how long without a break it may last [s].
+        deviation: what the output may be off from what was asked without being counted [rad]: rounding the corners of an
+            interpolated plan is what a limiter is for.
+    """
 
     persistent: float = 0.5
+    deviation: float = 0.01
 
 
 @dataclass(frozen=True)
 class Limited:
     """A reference that can be followed: ``q`` (nu,) [rad], ``v`` (nu,) [rad/s].
 
-    ``limited`` (nu,) says which joints deviate from what was asked, ``kinds`` which limits are why (empty: none), and
-    ``lasting`` for how long the worst joint has done so without a break [s]; ``persistent``: longer than allowed.
+    ``limited`` (nu,) says which joints are off what was asked, ``kinds`` which limits are why (empty: none), and
+    ``lasting`` for how long the worst joint has been far off without a break [s]; ``persistent``: longer than allowed.
     """
 
     q: np.ndarray
@@ -78,7 +85,7 @@ class Limiter:
         if not (np.isfinite(self._q).all() and np.isfinite(speed).all()):
             raise DriverError("a limiter cannot begin at a number that is not finite", key="limiter")
         self._v, self._a = speed, np.zeros(self._n)
-        self._off, self._ticks = np.zeros(self._n, bool), np.zeros(self._n, int)  # off the stream, and for how many periods
+        self._off, self._ticks = np.zeros(self._n, bool), np.zeros(self._n, int)  # off the stream, and far off for how many periods
         self._motion = self._q.copy(), speed.copy(), np.zeros(self._n)  # position, velocity, acceleration of the joints off it
         self._asked, self._asked_v = self._q.clip(limits.low, limits.high), speed.copy()
 
@@ -116,7 +123,8 @@ class Limiter:
             q, speed = inside, v
         self._asked, self._asked_v = inside, asked_v
         self._q, self._v, self._a, self._off = q, v, a, off
-        self._ticks = np.where(off, self._ticks + 1, 0)
+        far = off & ~(np.abs(q - np.where(finite, reference, np.inf)) <= self._settings.deviation)
+        self._ticks = np.where(far, self._ticks + 1, 0)
         self.counts.update(kinds)
         lasting = float(self._ticks.max() * dt)
         return Limited(q, speed, off, kinds, lasting, lasting > self._settings.persistent)
