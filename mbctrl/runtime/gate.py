@@ -13,6 +13,7 @@ from mbctrl.runtime.driver import JointCommand, RobotState
 
 # Clamping exactly at a limit would leave rounding and the driver's own interpolation on the wrong side of it.
 _RATE_SHARE = 0.95
+_ROUNDING = 1e-9  # share of the effort limit that the law's torque may be off by rounding
 
 
 class SafetyGate:
@@ -22,9 +23,13 @@ class SafetyGate:
     - a position reference is bounded to the joint limits;
     - a joint at its speed limit takes no torque that speeds it up further;
     - a joint beyond its position limit takes no torque that drives it further;
-    - total torque and its rate of change are bounded.
+    - total torque and its rate of change are bounded;
+    - a law whose terms are so large that its torque is lost in their rounding becomes a plain torque.
 
-    Non-finite measurements raise DriverError: there is nothing safe to compute from them, the loop stops the robot.
+    Where the rules disagree the torque rate comes before speed and position: a torque can only be taken back so fast.
+
+    Measurements that are not finite, or a gravity torque beyond all reason, raise DriverError: there is nothing safe to
+    compute from them, the loop stops the robot.
     """
 
     def __init__(self, robot: Robot) -> None:
@@ -49,7 +54,7 @@ class SafetyGate:
 
     def __call__(self, state: RobotState, command: JointCommand) -> tuple[JointCommand, bool]:
         """Return the command to send and whether anything was clamped."""
-        for name in ("q", "v", "tau", "gravity"):
+        for name in ("q", "v", "tau", "gravity", "stamp"):
             if not np.isfinite(getattr(state, name)).all():
                 raise DriverError("the robot reports a number that is not finite", key=f"state.{name}")
         before = self.counts.total()
@@ -61,17 +66,36 @@ class SafetyGate:
             self.counts["position"] += 1
             command = replace(command, q_ref=reference)
         q, v = state.q[self._pick], state.v[self._pick]
-        wanted = command.at(q, v) + state.gravity
+        wanted = _torque(command, q, v, state)
+        if not np.isfinite(wanted).all():  # finite numbers whose product is not
+            self.counts["non-finite"] += 1
+            command = self.hold(state)
+            wanted = np.nan_to_num(_torque(command, q, v, state))
         total = self._within(q, v, wanted, state)
         if total is not wanted:
-            command = replace(command, torque=command.torque + total - wanted)
+            command = self._shifted(command, q, v, state, total)
         self._last, self._total, self._last_stamp = command, total, state.stamp
         return command, self.counts.total() > before
+
+    def _shifted(self, command: JointCommand, q: np.ndarray, v: np.ndarray, state: RobotState, total: np.ndarray) -> JointCommand:
+        """Return the command with its torque changed so that the law gives ``total`` now."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            shifted = replace(command, torque=command.torque + (total - (command.at(q, v) + state.gravity)))
+        slack = _ROUNDING * self._effort
+        if (np.abs(_torque(shifted, q, v, state) - total) <= slack).all():
+            return shifted
+        # Gains or errors so large that a torque cannot be told from their rounding: nothing of such a law is worth keeping.
+        self.counts["ill-conditioned"] += 1
+        zero = np.zeros(len(q))
+        plain = JointCommand(zero, zero, zero, zero, total - state.gravity)
+        if not (np.abs(plain.torque + state.gravity - total) <= slack).all():
+            raise DriverError("the robot reports a torque no joint of it can have", key="state.gravity")
+        return plain
 
     def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState) -> np.ndarray:
         """Return the total torque within every limit; the same array if nothing was clamped."""
         total = wanted
-        fast = (np.abs(v) >= self._speed) & ((total - state.gravity) * v > 0)
+        fast = ((v >= self._speed) & (total > state.gravity)) | ((v <= -self._speed) & (total < state.gravity))
         out = ((q <= self._low) & (total < state.gravity)) | ((q >= self._high) & (total > state.gravity))
         for kind, mask in (("velocity", fast), ("position", out)):
             if mask.any():
@@ -87,7 +111,7 @@ class SafetyGate:
         elif elapsed < 1.5 * self._period:
             last = self._total
         else:  # the robot's law went on while the loop was away; a jump from where it is now is felt at once
-            last = self._last.at(q, v) + state.gravity
+            last = np.nan_to_num(_torque(self._last, q, v, state))
         last = last.clip(-self._effort, self._effort)
         step = self._rate * min(max(elapsed, 1e-4), self._period)
         limited = total.clip(last - step, last + step)
@@ -95,3 +119,9 @@ class SafetyGate:
             self.counts["torque rate"] += 1
             total = limited
         return total
+
+
+def _torque(command: JointCommand, q: np.ndarray, v: np.ndarray, state: RobotState) -> np.ndarray:
+    """Return the total torque (nu,) [N·m] a law gives; infinite or NaN where its terms are too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return command.at(q, v) + state.gravity
