@@ -1,0 +1,223 @@
+"""What stands between a plan and an arm: measurements judged, the ladder, references limited, stops, contacts, clearance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mbctrl.base.plan import Plan
+from mbctrl.base.robot import Robot
+from mbctrl.runtime.arming import arming_refusals
+from mbctrl.runtime.brake import Brake
+from mbctrl.runtime.contact import ContactObserver
+from mbctrl.runtime.driver import JointCommand, RobotState
+from mbctrl.runtime.ladder import Conditions, Ladder, LadderSettings, Mode
+from mbctrl.runtime.limiter import Limiter
+from mbctrl.runtime.sensors import Reading, SensorCheck, Verdict
+from mbctrl.runtime.watch import ArmWatch, Seen
+
+_REST = 0.02  # [rad/s]
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What is tolerated.
+
+    Args:
+        plan_clearance: a plan that comes nearer than this to an obstacle or the arm itself is not followed [m].
+        clearance: distance at which to stop [m].
+        contact: external torque that counts as contact, as a share of each joint's effort limit; 0: contacts are not looked for.
+        hold: how long to hold without a plan before that is a stop [s].
+    """
+
+    plan_clearance: float = 0.005
+    clearance: float = 0.0
+    contact: float = 0.25
+    hold: float = 2.0
+
+
+@dataclass
+class Found:
+    """What the last period found, for the log."""
+
+    reading: Reading | None = None
+    seen: Seen | None = None
+    limited: tuple[str, ...] = ()
+    external: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+class Guard:
+    """Judges every period of a control loop; ``ladder.mode`` is in force.
+
+    The loop calls ``measured`` with each measurement, ``accepts`` with each plan, ``command`` with what it would send.
+
+    Args:
+        robot: limits and gains.
+        watch: the arm's model; None: contacts, gravity and clearance are not looked at.
+        senses_torque: whether torques are measured.
+        settings: what is tolerated.
+    """
+
+    def __init__(
+        self, robot: Robot, watch: ArmWatch | None, senses_torque: bool, settings: GuardSettings = GuardSettings()
+    ) -> None:
+        self.robot, self.watch, self.settings, self._senses = robot, watch, settings, senses_torque
+        self.ladder = Ladder(robot, LadderSettings(clearance=settings.clearance))
+        self.sensors, self.brake = SensorCheck(robot), Brake(robot)
+        self._impedance = robot.control.mode == "impedance"
+        self._pick, self._period = robot.command_index, 1 / robot.control.rate
+        self.limiter = Limiter(robot) if self._impedance else None
+        self.contact: ContactObserver | None = None
+        if watch is not None and senses_torque and settings.contact > 0 and robot.nu == robot.nq:
+            limits = settings.contact * np.asarray(robot.limits.effort)
+            self.contact = ContactObserver(limits, lambda q, v: self._model(q, v).momentum, lambda q, v: self._model(q, v).beta)
+        self.counts: Counter[str] = Counter()
+        self.found = Found()
+        self._plan_faults = self._diverged = 0
+        self._braking: Mode | None = None
+        self._holding_since: float | None = None
+        self._touched = ""
+        self._moving_since: float | None = None
+
+    def _model(self, q: np.ndarray, v: np.ndarray) -> Seen:
+        return self.found.seen if self.found.seen is not None else self.watch(q, v)
+
+    def measured(self, state: RobotState, now: float) -> RobotState | None:
+        """Judge a measurement at ``now`` [s]; return the state to go by, None where there never was a good one."""
+        reading = self.sensors(state, now)
+        self.found.reading = reading
+        good = reading.state
+        if good is None:
+            return None
+        if reading.verdict is Verdict.GOOD and self.watch is not None:
+            self.found.seen = self.watch(good.q, good.v)
+            if self.contact is not None:
+                felt = self.contact(good.stamp, good.q, good.v, good.tau)
+                self.found.external = felt.torque
+                self._touched = ", ".join(self.robot.joints[joint] for joint in felt.joints)
+        return good
+
+    def accepts(self, plan: Plan) -> bool:
+        """Return whether a plan may be followed: finite, not of diverged samples only, clear of everything."""
+        if not (np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all())):
+            self.counts["non-finite plan"] += 1
+            self._plan_faults += 1
+            return False
+        self._plan_faults = 0
+        if not np.isfinite(plan.info.get("best", 0.0)):
+            self.counts["diverged plan"] += 1
+            self._diverged += 1
+            return False
+        self._diverged = 0
+        if self.watch is not None and plan.x is not None:
+            rows = plan.x[:, : self.robot.nq][:: max(1, len(plan.x) // 16)]
+            if self.watch.clearance(rows[-32:]) < self.settings.plan_clearance:
+                self.counts["plan too near"] += 1
+                return False
+        return True
+
+    def refusals(self, joints: tuple[str, ...] | None = None) -> list[str]:
+        """Return why the arm may not be armed now, one text each."""
+        reading = self.found.reading
+        if reading is None or reading.state is None or reading.verdict is not Verdict.GOOD:
+            return [reading.reason if reading is not None else "no measurement yet"]
+        seen = self.found.seen
+        gravity = seen.gravity[self._pick] if seen is not None and self._senses else None
+        return arming_refusals(self.robot, reading.state, joints=joints, gravity=gravity)
+
+    def arm(self, t: float) -> list[str]:
+        """Leave SAFE or STOP at ``t`` [s], by a person's word; return why not, one text each."""
+        refused = self.refusals()
+        state = self.found.reading.state if self.found.reading is not None else None
+        refused = list(dict.fromkeys(self.ladder.rearm(t, state, refused)))
+        if not refused and state is not None:
+            self._touched, self._holding_since, self._braking = "", None, None
+            if self.contact is not None:
+                self.contact.reset()
+            self.brake.start(t, state.q[self._pick], np.zeros(self.robot.nu))
+            if self.limiter is not None:
+                self.limiter.reset(state.q[self._pick])
+        return refused
+
+    def command(self, t: float, state: RobotState, wanted: JointCommand, holding: bool, planner: bool) -> JointCommand | None:
+        """Return what to send at ``t`` [s] in place of ``wanted``; None: the driver's own stop.
+
+        Args:
+            state: what ``measured`` gave.
+            wanted: the plan's command.
+            holding: no valid plan is in force.
+            planner: whether the planner answers.
+        """
+        ladder, before = self.ladder, self.ladder.mode
+        mode = ladder.update(t, self._conditions(t, state, holding, planner))
+        if mode is Mode.HOLD:
+            self._holding_since = t if self._holding_since is None else self._holding_since
+            if t - self._holding_since > self.settings.hold and not planner:
+                mode = ladder.escalate(t, Mode.STOP, f"no planner for {self.settings.hold:g} s", 7)
+        else:
+            self._holding_since = None
+        if mode is Mode.SAFE:
+            return None
+        if mode is not before and mode in (Mode.HOLD, Mode.STOP) and before is not Mode.SAFE:
+            self._start_braking(t, state, mode)
+        if mode is Mode.STOP:
+            return self._stopping(t)
+        if self.limiter is None:
+            return wanted if mode is Mode.RUN else self.brake.command(t, self._gravity())
+        reference = wanted.q_ref if mode is Mode.RUN else self.brake.at(t)[0]
+        limited = self.limiter(reference)
+        self.found.limited = limited.kinds
+        self._clamped = limited.lasting if limited.persistent else 0.0
+        gains = np.asarray(self.robot.control.stiffness), np.asarray(self.robot.control.damping)
+        zero = np.zeros(self.robot.nu)
+        return JointCommand(limited.q, zero, *gains, wanted.torque if mode is Mode.RUN else zero)
+
+    _clamped = 0.0
+
+    def _conditions(self, t: float, state: RobotState, holding: bool, planner: bool) -> Conditions:
+        reading, seen = self.found.reading, self.found.seen
+        clearance = float("inf") if seen is None else min(seen.scene, seen.itself)
+        faulty = reading.verdict is Verdict.FAULTY
+        return Conditions(
+            plan=not holding,
+            planner=planner,
+            bad_plans=self._plan_faults,
+            bad_planning=self._diverged,
+            sensor=reading.reason if faulty else "",
+            sensor_fault=reading.fault if faulty else 0,
+            sensor_lasting=reading.lasting,
+            status=state.status,
+            clamped=self._clamped if self.ladder.mode is Mode.RUN else 0.0,
+            contact=self._touched,
+            clearance=clearance,
+            braking=self._overdue(t, state),
+        )
+
+    def _overdue(self, t: float, state: RobotState) -> float:
+        """Return for how long the arm has been moving after a stop's end [s]."""
+        if self.ladder.mode is not Mode.STOP or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
+            self._moving_since = None
+            return 0.0
+        duration = self.brake.duration
+        end = self._stopped_at + (duration if np.isfinite(duration) else 1.0)
+        return max(t - end, 0.0)
+
+    _stopped_at = 0.0
+
+    def _start_braking(self, t: float, state: RobotState, mode: Mode) -> None:
+        self._stopped_at = t
+        if self.limiter is not None:
+            self.brake.start(t, *self.limiter.motion())
+        else:
+            self.brake.start(t, state.q[self._pick], state.v[self._pick])
+
+    def _stopping(self, t: float) -> JointCommand:
+        command = self.brake.command(t, self._gravity(), self.ladder.compliant)
+        # The plan's law damps against rest: so does the stop, or its damping torque would jump.
+        return replace(command, v_ref=np.zeros(self.robot.nu)) if self._impedance else command
+
+    def _gravity(self) -> np.ndarray | None:
+        seen = self.found.seen
+        return None if seen is None or self.robot.control.gravity_compensation else seen.gravity[self._pick]
