@@ -10,7 +10,7 @@ from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import JointCommand
 
-_DECELERATION = 10.0  # [rad/s²], of a robot without a limit of its own: what arms of this size publish and more than they need
+_DECELERATION = 10.0  # [rad/s²] chosen, for a robot without a limit of its own; the simulated arms brake with the same
 _JERK = 1e9  # [rad/s³], of a robot without a limit: none to speak of
 
 
