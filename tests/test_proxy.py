@@ -66,6 +66,7 @@ def test_states_and_commands_make_the_round_trip(opened, tmp_path):
     assert first.q.tolist() == [0] * 7 and first.v.tolist() == [1] * 7
     assert first.tau.tolist() == [2] * 7 and first.gravity.tolist() == [3] * 7
     assert first.stamp <= time.monotonic() - 5.0
+    os.kill(driver._process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group; it is the control side's to handle
     driver.write(command(0.5))
     later = wait_for(lambda: state if (state := driver.read()).q[0] == 0.5 else None)
     assert later.seq > first.seq and later.stamp > first.stamp and first.q[0] == 0  # what was handed out stays as it was
@@ -175,7 +176,7 @@ import sys, time
 from pathlib import Path
 import test_proxy
 if __name__ == "__main__":
-    driver = test_proxy.proxied(Path(sys.argv[1]))
+    driver = test_proxy.proxied(Path(sys.argv[1]), silence=1000.0)
     driver.open()
     driver.write(test_proxy.command(1.0))
     while driver.read().q[0] != 1.0:

@@ -118,6 +118,7 @@ def test_stop_holds_or_lets_go(servos):
     driver.write(command([0.1] * 6))
     fresh(driver)
     servos.memory[3][132:136] = (1900).to_bytes(4, "little")  # it has not got there
+    driver._port.is_using = True  # as a transaction leaves it that a signal broke off
     driver.stop()
     driver.stop()
     assert servos.get(3, 116, 4) == 1900 and servos.get(3, 64, 1) == 1 and servos.get(3, 98, 1) == 0

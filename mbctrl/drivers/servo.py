@@ -160,7 +160,7 @@ class ServoDriver(Driver):
         port, self._port = self._port, None
         if port is None:
             return
-        port.is_using = False  # a transaction that broke off leaves it set
+        port.is_using = False  # a transaction that a signal broke off leaves it set
         for number, joint in zip(self._ids, self._robot.joints):
             try:
                 goal, result, _ = self._packets.read4ByteTxRx(port, number, _PRESENT + 6)
