@@ -20,7 +20,7 @@ EVERYTHING = None
 # For each layer the layers it may import besides itself, and the third parties (None: any).
 LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
     "base": (set(), {"numpy", "yaml", "pydantic"}),
-    "runtime": ({"base", "kernels", "planning"}, {"numpy", "onnxruntime", "ruckig", "mcap"}),
+    "runtime": ({"base", "kernels", "planning"}, {"numpy", "onnxruntime", "llvmlite", "ruckig", "mcap"}),
     "drivers": (
         {"base", "runtime"},
         {"numpy", "rtde_control", "rtde_receive", "franky", "pylibfranka", "dynamixel_sdk", "serial"},

@@ -6,11 +6,11 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from mbctrl.base.errors import MbctrlError, SpecError
 
@@ -196,6 +196,97 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Deploy:
+    """Run an exported planner on a robot, real or behind mbctrl sim; needs no torch and no MuJoCo.
+
+    Every byte of the bundle and the robot are checked before anything moves; Ctrl-C brings the arm to rest. Leaves log.mcap
+    (Foxglove, PlotJuggler, mbctrl replay) and, after a fault, blackbox.mcap. Exit code 3 says that a fault ended the run.
+
+    For example:
+
+        mbctrl deploy panda_reach --driver sim
+        mbctrl deploy ur10e_reach --driver ur --host 127.0.0.1      # with mbctrl sim ur10e --protocol ur beside it
+        mbctrl deploy ur10e_reach --driver ur --host 192.168.1.20 --robot my_ur10e
+        mbctrl deploy panda_reach --driver my_package.arm:MyDriver --option speed=0.5
+        mbctrl deploy panda_reach --driver link --engine onnx
+    """
+
+    bundle: Positional[Path]
+    """A bundle's folder, of mbctrl export."""
+    driver: str = "sim"
+    """sim, link, ur, franka, servo, or module:Class."""
+    host: str = "127.0.0.1"
+    """The robot's address."""
+    option: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """KEY=VALUE of the driver; again for more."""
+    engine: Literal["kernel", "onnx"] = "kernel"
+    """kernel: compiled here, the quick one. onnx: onnxruntime, the portable one."""
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """Of onnxruntime; one that is not there is refused."""
+    threads: int = 0
+    """Of the planner; 0: all cores but one (kernel), one (onnx)."""
+    goal: Path | None = None
+    """A YAML file with a goal, in place of the exported scenario's."""
+    robot: str | None = None
+    """Your own description of the robot, to be compared with the bundle's."""
+    duration: float | None = None
+    """[s]; by default the scenario's."""
+    realtime: bool = True
+    """Ask for real-time scheduling."""
+    yes: bool = False
+    """Do not ask before a robot moves."""
+    out: Path | None = None
+    """Folder to make; by default runs/deploy-BUNDLE-DATE-TIME."""
+
+
+@dataclass(frozen=True)
+class Sim:
+    """Put a simulated robot behind a real wire protocol, in a process of its own, with faults on request.
+
+    Faults are KIND[=VALUE]@START[:END], times [s] from the first motion command: freeze, drop=share, delay=s, reorder,
+    duplicate, nan, jump=rad, estop, pstop, kill.
+
+    For example:
+
+        mbctrl sim panda
+        mbctrl sim ur10e --protocol ur
+        mbctrl sim panda --protocol franka --fault freeze@5:6 --fault estop@10 --log server.log
+    """
+
+    robot: Positional[str]
+    """A robot by name (mbctrl list) or path."""
+    protocol: Literal["link", "ur", "franka"] = "link"
+    """link: mbctrl's own, UDP. ur: RTDE, script and dashboard of Universal Robots. franka: FCI of Franka Robotics."""
+    host: str = "127.0.0.1"
+    """Where to listen; link takes HOST:PORT, and a key file elsewhere than on loopback."""
+    fault: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A fault; again for more."""
+    log: Path | None = None
+    """What the arm did, every control period."""
+    duration: float | None = None
+    """[s]; by default until Ctrl-C."""
+    start_noise: float = 0.0
+    """[rad] around home, uniform."""
+    seed: int = 0
+    """Of start_noise and random faults."""
+    key_file: Path | None = None
+    """The secret both sides of link authenticate frames with."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Show what a deployed robot's log says: one screen, and plots.png beside it.
+
+    For example:
+
+        mbctrl replay runs/deploy-panda_reach-20261121-090000/log.mcap
+    """
+
+    log: Positional[Path]
+    """log.mcap or blackbox.mcap; one that was cut off is read as far as it goes."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Run a benchmark of the checkout's benchmarks/ folder and print its table.
 
@@ -232,6 +323,9 @@ Verb = (
     | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
     | Annotated[Payload, subcommand("payload", prefix_name=False)]
     | Annotated[Export, subcommand("export", prefix_name=False)]
+    | Annotated[Deploy, subcommand("deploy", prefix_name=False)]
+    | Annotated[Sim, subcommand("sim", prefix_name=False)]
+    | Annotated[Replay, subcommand("replay", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
     | Annotated[Doctor, subcommand("doctor", prefix_name=False)]
 )
@@ -286,6 +380,21 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.export import export
 
         return export(verb.source, rest, verb.out)
+    if isinstance(verb, Deploy):
+        from mbctrl.cli.deploy import deploy
+
+        settings = {key: value for key, value in vars(verb).items() if key not in ("bundle", "driver", "host", "option")}
+        return deploy(verb.bundle, verb.driver, verb.host, verb.option, **settings)
+    if isinstance(verb, Sim):
+        from mbctrl.cli.sim import sim
+
+        return sim(
+            verb.robot, verb.protocol, verb.host, verb.fault, verb.log, verb.duration, verb.start_noise, verb.seed, verb.key_file
+        )
+    if isinstance(verb, Replay):
+        from mbctrl.cli.replay import replay
+
+        return replay(verb.log)
     if isinstance(verb, Bench):
         from mbctrl.cli.bench import bench
 

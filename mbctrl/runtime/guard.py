@@ -15,6 +15,7 @@ from mbctrl.runtime.contact import ContactObserver
 from mbctrl.runtime.driver import JointCommand, RobotState
 from mbctrl.runtime.ladder import Conditions, Ladder, LadderSettings, Mode
 from mbctrl.runtime.limiter import Limiter
+from mbctrl.runtime.loop import Guarding
 from mbctrl.runtime.sensors import Reading, SensorCheck, Verdict
 from mbctrl.runtime.watch import ArmWatch, Seen
 
@@ -48,7 +49,7 @@ class Found:
     external: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
-class Guard:
+class Guard(Guarding):
     """Judges every period of a control loop; ``ladder.mode`` is in force.
 
     The loop calls ``measured`` with each measurement, ``accepts`` with each plan, ``command`` with what it would send.
@@ -207,7 +208,8 @@ class Guard:
     _stopped_at = 0.0
 
     def _start_braking(self, t: float, state: RobotState, mode: Mode) -> None:
-        self._stopped_at = t
+        self._stopped_at = t - self._period  # when the last reference was sent
+        t = self._stopped_at
         if self.limiter is not None:
             self.brake.start(t, *self.limiter.motion())
         else:

@@ -33,8 +33,29 @@ class PlannerPort(ABC):
     def busy(self) -> bool:
         """Whether a plan is under way."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether the planner answers, as far as this side can tell."""
+        return True
+
     def close(self) -> None:
         """Let go of the planner."""
+
+
+class Guarding(ABC):
+    """What a loop asks of whatever stands between plans and an arm; see ``mbctrl.runtime.guard``."""
+
+    @abstractmethod
+    def measured(self, state: RobotState, now: float) -> RobotState | None:
+        """Return the state to go by; None: there is none yet, nothing is sent."""
+
+    @abstractmethod
+    def accepts(self, plan: Plan) -> bool:
+        """Return whether a plan may be followed."""
+
+    @abstractmethod
+    def command(self, t: float, state: RobotState, wanted: JointCommand, holding: bool, planner: bool) -> JointCommand | None:
+        """Return what to send in place of ``wanted``; None: nothing any more, the driver's own stop."""
 
 
 class InlinePort(PlannerPort):
@@ -73,6 +94,7 @@ class Tick:
     arrived: Plan | None  # taken over in this period
     latency: float  # of the arrived plan [s]
     holding: bool  # no valid plan
+    sent: JointCommand | None = None  # after guard and gate; None: nothing
 
 
 @dataclass
@@ -96,6 +118,7 @@ class ControlLoop:
         spec: rates, prediction, blending.
         request: completes a request: given time and state, returns it without ``latency`` and ``following``.
         observe: called with every Tick; returns False to end the run.
+        guard: for an arm; None: a simulation that may do as it likes, within the gate.
     """
 
     def __init__(
@@ -107,9 +130,10 @@ class ControlLoop:
         spec: LoopSpec,
         request: Callable[[float, RobotState], PlanRequest],
         observe: Callable[[Tick], bool],
+        guard: Guarding | None = None,
     ) -> None:
         self.driver, self.port, self.clock, self.spec = driver, port, clock, spec
-        self.request, self.observe = request, observe
+        self.request, self.observe, self.guard = request, observe, guard
         self.gate, self.follower, self.counts = SafetyGate(robot), PlanFollower(spec.blend), Counts()
         self.period = 1 / robot.control.rate
         self._pick, self._nq, self._torque_mode = robot.command_index, robot.nq, robot.control.mode == "torque"
@@ -142,20 +166,32 @@ class ControlLoop:
     def _step(self) -> bool:
         state = self.driver.read()
         t = state.stamp
+        if self.guard is not None:
+            t = self.clock.now()  # an arm's measurement is of the past, and what is sent now acts from now on
+            judged = self.guard.measured(state, t)
+            if judged is None:
+                return self.observe(Tick(t, state, np.zeros(len(self._pick)), False, None, None, 0.0, True))
+            state = judged
         self._ask(t, state)
         arrived, latency = self._take(t)
         wanted, command, holding = self._command(t, state)
+        if self.guard is not None:
+            guarded = self.guard.command(t, state, command, holding, self.port.alive)
+            if guarded is None:  # nothing is left to send: the run ends, and with it the driver stops the robot
+                self.observe(Tick(t, state, wanted, False, self.follower.plan, arrived, latency, holding))
+                return False
+            command = guarded
         command, clamped = self.gate(state, command)
         self.driver.write(command)
         self.counts.ticks += 1
         self.counts.held += holding and self.follower.plan is not None
-        return self.observe(Tick(t, state, wanted, clamped, self.follower.plan, arrived, latency, holding))
+        return self.observe(Tick(t, state, wanted, clamped, self.follower.plan, arrived, latency, holding, command))
 
     def _ask(self, t: float, state: RobotState) -> None:
         if self.port.busy or t < self._next_plan - 1e-9 or self._pending is not None:
             return
         ahead = float(np.median(self._recent)) if self.spec.predict else 0.0
-        base = self.request(t, state)
+        base = self.request(state.stamp, state)
         self.port.submit(PlanRequest(**{**vars(base), "latency": ahead, "following": self.follower.following}))
         self._next_plan = max(self._next_plan + 1 / self.spec.rate, t)
 
@@ -168,7 +204,9 @@ class ControlLoop:
             self.counts.plans += 1
             self.counts.late += latency > 1 / self.spec.rate + self.period + 1e-9
             self.counts.latencies.append(latency)
-            if np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all()):
+            if self.guard is not None:
+                self._pending = plan if self.guard.accepts(plan) else None
+            elif np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all()):
                 self._pending = plan
             else:
                 self.gate.counts["non-finite plan"] += 1
