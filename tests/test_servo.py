@@ -52,7 +52,15 @@ def driver(servos):
 
 
 def make(servos, **options) -> ServoDriver:
-    options = {"port": servos.device, "ids": IDS, "zeros": ZEROS, "signs": SIGNS, "watchdog": None, **options}
+    options = {
+        "port": servos.device,
+        "ids": IDS,
+        "zeros": ZEROS,
+        "signs": SIGNS,
+        "reply": 0.5,
+        "watchdog": None,
+        **options,
+    }  # a busy machine is no fault
     return ServoDriver(ROBOT, **options)
 
 
@@ -231,7 +239,7 @@ def test_a_robot_with_a_free_joint_is_refused():
 
 
 def test_in_a_process_of_its_own_as_it_is_run(servos):
-    options = {"port": servos.device, "ids": IDS, "zeros": ZEROS, "signs": SIGNS, "watchdog": 0.1}
+    options = {"port": servos.device, "ids": IDS, "zeros": ZEROS, "signs": SIGNS, "reply": 0.5, "watchdog": 0.1}
     driver = DriverProcess(ROBOT, ServoDriver, (ROBOT,), options, silence=5.0)
     driver.open()
     try:

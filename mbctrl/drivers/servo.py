@@ -58,6 +58,7 @@ class ServoDriver(Driver):
         gains: the registers (position P, position D) of every servo; None leaves them.
         torque_constants: (nq,) [N·m/A] for ``tau``, after the servo's own gear; None: ``tau`` is 0.
         ampere_per_tick: [A]; 2.69 mA on XM and XH servos, 1 mA on XL330.
+        reply: how long to wait for a servo's answer [s]; None: the vendor's client's 34 ms and the time on the wire.
         watchdog: after this long without a word from here the servos stop by themselves [s]; None: never.
         at_stop: what ``stop`` leaves: "hold" where they are, or "off": without torque, an arm falls.
     """
@@ -79,6 +80,7 @@ class ServoDriver(Driver):
         gains: tuple[int, int] | None = None,
         torque_constants: Sequence[float] | None = None,
         ampere_per_tick: float = 2.69e-3,
+        reply: float | None = None,
         watchdog: float | None = 0.1,
         at_stop: Literal["hold", "off"] = "hold",
     ) -> None:
@@ -99,7 +101,7 @@ class ServoDriver(Driver):
             raise DriverError(f"expected hold or off, found {at_stop}", key="servo.at_stop")
         self._scale = self._signs * 2 * np.pi / ticks_per_turn  # [rad] a tick
         self._torque = self._signs * constants * ampere_per_tick  # [N·m] a tick
-        self._gains, self._at_stop = gains, at_stop
+        self._gains, self._at_stop, self._reply = gains, at_stop, reply
         self._watchdog = 0 if watchdog is None else min(max(round(watchdog / _WATCHDOG_UNIT), 1), 127)
         self._period = 0.9 / robot.control.rate  # asked a little early rather than a period late
         self._port: Any = None
@@ -189,6 +191,8 @@ class ServoDriver(Driver):
         except _GONE as error:
             raise DriverError(f"cannot be opened: {_reason(error)}", key=self._device) from None
         port.ser.timeout = _WAIT
+        if self._reply is not None:
+            port.setPacketTimeout = lambda length: port.setPacketTimeoutMillis(self._reply * 1e3)
         self._port, self._plugged = port, True
 
     def _check(self, joint: int) -> None:
