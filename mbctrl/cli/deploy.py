@@ -84,7 +84,9 @@ def _config(bundle: Bundle, goal: Path | None, duration: float | None) -> RunCon
         changes["duration"] = duration
     config = validate(RunConfig, merged({**bundle.config.model_dump(), **changes}, {}), goal or "command line")
     if (config.goal.kind == "joints") != (bundle.config.goal.kind == "joints"):
-        raise SpecError(f"the bundle plans for goals like {bundle.config.goal.kind}, found {config.goal.kind}", file=goal, key="kind")
+        raise SpecError(
+            f"the bundle plans for goals like {bundle.config.goal.kind}, found {config.goal.kind}", file=goal, key="kind"
+        )
     return config
 
 
@@ -123,7 +125,11 @@ class _Line:
 
     def __init__(self, config: RunConfig) -> None:
         self.progress = Progress(
-            TextColumn("{task.fields[clock]}"), BarColumn(24), TextColumn("{task.fields[text]}"), console=console, auto_refresh=False
+            TextColumn("{task.fields[clock]}"),
+            BarColumn(24),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            auto_refresh=False,
         )
         self._task = self.progress.add_task("", total=config.duration, clock="starting …", text="")
         self.progress.refresh()
@@ -178,7 +184,9 @@ def _rows(bundle: Bundle, s: dict[str, Any], deployment: Deployment) -> list[tup
         figures = f"p99 {p99:.2f} ms, p99.9 {p999:.2f} ms late"
         rows.append(("control periods", f"{s['ticks']}, {s['missed']} missed, {s['held']} without a plan; {figures}"))
     rows.append(("gate", _counts(s["clamps"])))
-    rows.append(("limiter", _counts(s["limited"])))
+    rows.append(
+        ("references", f"at most {s['furthest'] * 1e3:.1f} mrad from the plan's, to keep acceleration and jerk within limits")
+    )
     rows.append(("measurements", _counts({key: count for key, count in s["sensors"].items() if count})))
     if s["rejected"]:
         rows.append(("plans refused", _counts(s["rejected"])))

@@ -50,7 +50,8 @@ class Found:
 
 
 class Guard(Guarding):
-    """Judges every period of a control loop; ``ladder.mode`` is in force.
+    """Judges every period of a control loop; ``ladder.mode`` is in force, ``furthest`` the largest distance [rad] references
+    were ever sent from where plans asked for them.
 
     The loop calls ``measured`` with each measurement, ``accepts`` with each plan, ``command`` with what it would send.
 
@@ -77,10 +78,10 @@ class Guard(Guarding):
         self.counts: Counter[str] = Counter()
         self.found = Found()
         self._plan_faults = self._diverged = 0
-        self._braking: Mode | None = None
+        self._before, self._clamped, self._stopped_at = Mode.SAFE, 0.0, 0.0
+        self.furthest = 0.0
         self._holding_since: float | None = None
         self._touched = ""
-        self._moving_since: float | None = None
 
     def _model(self, q: np.ndarray, v: np.ndarray) -> Seen:
         return self.found.seen if self.found.seen is not None else self.watch(q, v)
@@ -134,7 +135,7 @@ class Guard(Guarding):
         state = self.found.reading.state if self.found.reading is not None else None
         refused = list(dict.fromkeys(self.ladder.rearm(t, state, refused)))
         if not refused and state is not None:
-            self._touched, self._holding_since, self._braking = "", None, None
+            self._touched, self._holding_since, self._before = "", None, Mode.HOLD
             if self.contact is not None:
                 self.contact.reset()
             self.brake.start(t, state.q[self._pick], np.zeros(self.robot.nu))
@@ -151,7 +152,7 @@ class Guard(Guarding):
             holding: no valid plan is in force.
             planner: whether the planner answers.
         """
-        ladder, before = self.ladder, self.ladder.mode
+        ladder, before = self.ladder, self._before
         mode = ladder.update(t, self._conditions(t, state, holding, planner))
         if mode is Mode.HOLD:
             self._holding_since = t if self._holding_since is None else self._holding_since
@@ -159,10 +160,11 @@ class Guard(Guarding):
                 mode = ladder.escalate(t, Mode.STOP, f"no planner for {self.settings.hold:g} s", 7)
         else:
             self._holding_since = None
+        self._before = mode
         if mode is Mode.SAFE:
             return None
-        if mode is not before and mode in (Mode.HOLD, Mode.STOP) and before is not Mode.SAFE:
-            self._start_braking(t, state, mode)
+        if mode is not before and mode in (Mode.HOLD, Mode.STOP):
+            self._start_braking(t, state)
         if mode is Mode.STOP:
             return self._stopping(t)
         if self.limiter is None:
@@ -170,12 +172,12 @@ class Guard(Guarding):
         reference = wanted.q_ref if mode is Mode.RUN else self.brake.at(t)[0]
         limited = self.limiter(reference)
         self.found.limited = limited.kinds
+        if mode is Mode.RUN:
+            self.furthest = max(self.furthest, float(np.abs(limited.q - reference).max()))
         self._clamped = limited.lasting if limited.persistent else 0.0
         gains = np.asarray(self.robot.control.stiffness), np.asarray(self.robot.control.damping)
         zero = np.zeros(self.robot.nu)
         return JointCommand(limited.q, zero, *gains, wanted.torque if mode is Mode.RUN else zero)
-
-    _clamped = 0.0
 
     def _conditions(self, t: float, state: RobotState, holding: bool, planner: bool) -> Conditions:
         reading, seen = self.found.reading, self.found.seen
@@ -199,15 +201,12 @@ class Guard(Guarding):
     def _overdue(self, t: float, state: RobotState) -> float:
         """Return for how long the arm has been moving after a stop's end [s]."""
         if self.ladder.mode is not Mode.STOP or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
-            self._moving_since = None
             return 0.0
         duration = self.brake.duration
         end = self._stopped_at + (duration if np.isfinite(duration) else 1.0)
         return max(t - end, 0.0)
 
-    _stopped_at = 0.0
-
-    def _start_braking(self, t: float, state: RobotState, mode: Mode) -> None:
+    def _start_braking(self, t: float, state: RobotState) -> None:
         self._stopped_at = t - self._period  # when the last reference was sent
         t = self._stopped_at
         if self.limiter is not None:

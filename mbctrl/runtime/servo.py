@@ -283,7 +283,7 @@ class Servo:
             "latencies": np.asarray(counts.latencies),
             "lateness": np.asarray(counts.lateness),
             "clamps": dict(self.loop.gate.counts),
-            "limited": dict(guard.limiter.counts) if guard.limiter is not None else {},
+            "furthest": guard.furthest,
             "sensors": dict(guard.sensors.counts),
             "rejected": dict(guard.counts),
             "changes": [(c.t, c.before.name, c.after.name, c.reason, c.fault) for c in guard.ladder.changes],

@@ -35,7 +35,8 @@ class InProcessRobot(Driver):
     def read(self) -> RobotState:
         """Advance the physics to now and measure."""
         state = self._sim.read()
-        return RobotState(state.stamp + self._zero, state.seq, state.q, state.v, state.tau, state.gravity)
+        number = int(state.stamp * self._robot.control.rate + 1e-6)  # one a control period, however often it is looked at
+        return RobotState(state.stamp + self._zero, number, state.q, state.v, state.tau, state.gravity)
 
     def write(self, command: JointCommand) -> None:
         """Put a command in force."""
