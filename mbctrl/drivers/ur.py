@@ -127,7 +127,7 @@ class UrDriver(Driver):
                 break
         if stamp > self._stamp:  # an older package is not news
             now = time.monotonic()
-            self._offset = min(self._offset + _DRIFT * (now - self._heard), now - stamp) if self._state else now - stamp
+            self._offset = min(self._offset + _DRIFT * (now - self._heard), now - stamp)
             self._stamp, self._heard = stamp, now
             if self._refused and status is Status.OK:
                 status = Status.FAULT
@@ -177,10 +177,7 @@ class UrDriver(Driver):
         self._disconnect()
 
     def _disconnect(self) -> None:
-        for link in (self._control, self._receive):
-            if link is not None:
-                link.disconnect()
-        self._control = self._receive = None
+        self._control = self._receive = None  # their destructors disconnect, half a second each
 
     def _prove(self) -> None:
         """Ask the controller for a data package and whether the arm can be commanded, without the client."""

@@ -45,8 +45,8 @@ TYPES = {
 }
 _JOINTS = (
     "target_q target_qd target_qdd target_current target_moment actual_q actual_qd actual_qdd actual_current "
-    "actual_current_as_torque joint_control_output actual_TCP_pose actual_TCP_speed actual_TCP_force target_TCP_pose target_TCP_speed "
-    "joint_temperatures actual_joint_voltage ft_raw_wrench payload_inertia"
+    "actual_current_as_torque joint_control_output actual_TCP_pose actual_TCP_speed actual_TCP_force target_TCP_pose "
+    "target_TCP_speed joint_temperatures actual_joint_voltage ft_raw_wrench payload_inertia"
 )
 _NUMBERS = (
     "timestamp actual_execution_time speed_scaling target_speed_fraction actual_momentum actual_main_voltage actual_robot_voltage "
