@@ -291,6 +291,41 @@ def fuzzed(model: Model) -> Iterator[None]:
     FUZZED.close()
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        message(Kind.OUTPUTS, b"short"),
+        message(Kind.OUTPUTS, struct.pack(">d", 500) + b"a," * 30000),
+        message(Kind.DATA, b"\7no such recipe"),
+        message(Kind.DATA),
+        b"\0\0\0",
+        b"\0\3?",
+    ],
+)
+def test_what_is_not_rtde_is_dropped_and_the_others_stay(wire: UrWire, bad: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with client(wire) as good, client(wire) as other:
+        assert good(message(Kind.VERSION, b"\0\2"))
+        other(bad, 20)
+        assert caplog.text.count("a client is dropped") == 1
+        assert split(good(message(Kind.VERSION, b"\0\2")))[0] == [(Kind.VERSION, b"\1")]
+
+
+@pytest.mark.parametrize("frequency", [1e-320, -1.0, float("nan")])
+def test_a_frequency_that_is_none_starts_nothing(wire: UrWire, frequency: float) -> None:
+    with client(wire) as ask:
+        ask(message(Kind.OUTPUTS, struct.pack(">d", frequency) + b"timestamp"))
+        assert split(ask(message(Kind.START)))[0] == [(Kind.START, b"\0")]
+
+
+def test_a_client_gets_the_rate_it_asked_for(wire: UrWire) -> None:
+    with client(wire) as ask:
+        ask(message(Kind.OUTPUTS, struct.pack(">d", 125) + b"timestamp"))
+        found, _ = split(ask(message(Kind.START), 41))
+        stamps = [struct.unpack(">d", payload[1:])[0] for kind, payload in found if kind == Kind.DATA]
+        assert len(stamps) == 10
+        np.testing.assert_allclose(np.diff(stamps), 0.008)
+
+
 def test_a_taken_port_is_named(wire: UrWire) -> None:
     other = UrWire(wire.plant, ports=(0, wire.ports[1], 0))
     with pytest.raises(DriverError, match=f"127.0.0.1:{wire.ports[1]}: cannot listen"):
