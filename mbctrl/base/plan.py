@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_JOINT_BLEND = 3.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,6 +47,23 @@ class Plan:
         """Return the planned state (nx,) at time ``t``, or None."""
         return None if self.x is None else _interpolate(self.x, (t - self.t0) / self.dt)
 
+    def joints(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return planned positions and velocities (n,) at time ``t``: cubic between samples, so that velocity has no steps.
+
+        Held at both ends, at rest after the last. Errors: ValueError where the plan has no states.
+        """
+        if self.x is None:
+            raise ValueError("the plan has no states")
+        n, h = self.x.shape[1] // 2, self.dt
+        index = min(max((t - self.t0) / h, 0.0), len(self.x) - 1.0)
+        low = min(int(index), len(self.x) - 2)
+        a, b, s = self.x[low], self.x[low + 1], index - low
+        q0, v0, q1, v1 = a[:n], h * a[n:], b[:n], h * b[n:]
+        c2, c3 = 3 * (q1 - q0) - 2 * v0 - v1, 2 * (q0 - q1) + v0 + v1
+        q = q0 + s * (v0 + s * (c2 + s * c3))
+        v = (v0 + s * (2 * c2 + 3 * s * c3)) / h
+        return q, v if t < self.end else np.zeros(n)
+
 
 def _interpolate(rows: np.ndarray, index: float) -> np.ndarray:
     index = min(max(index, 0.0), len(rows) - 1.0)
@@ -74,6 +93,7 @@ class PlanFollower:
         self.plan: Plan | None = None
         self._switched = 0.0
         self._offset: np.ndarray | None = None
+        self._joints: tuple[np.ndarray, np.ndarray] | None = None  # the jump of planned positions and velocities
 
     @property
     def following(self) -> Following | None:
@@ -86,7 +106,11 @@ class PlanFollower:
 
     def switch(self, plan: Plan, t: float) -> None:
         """Put ``plan`` in force at time ``t`` [s]."""
-        self._offset = None if self.plan is None or self.blend <= 0 else self.command(t) - plan.command(t)
+        smooth = self.plan is not None and self.blend > 0
+        self._offset = self.command(t) - plan.command(t) if smooth else None
+        if smooth and plan.x is not None and self.plan.x is not None:
+            before, after = self.joints(t), plan.joints(t)
+            self._joints = before[0] - after[0], before[1] - after[1]
         self.plan, self._switched = plan, t
 
     def command(self, t: float) -> np.ndarray:
@@ -102,6 +126,32 @@ class PlanFollower:
             return u
         left = 1 - (t - self._switched) / self.blend
         return u + self._offset * left if left > 0 else u
+
+    def joints(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return planned positions and velocities (n,) at time ``t`` [s] for an arm that follows positions.
+
+        The jump between two plans decays over three times ``blend`` with continuous velocity.
+
+        Errors:
+            ValueError: before the first plan, or where plans have no states.
+        """
+        if self.plan is None:
+            raise ValueError("no plan in force")
+        q, v = self.plan.joints(t)
+        span = _JOINT_BLEND * self.blend
+        s = (t - self._switched) / span if self._joints is not None and span > 0 else 1.0
+        if s >= 1:
+            return q, v
+        dq, dv = self._joints
+        rest = (1 - s) ** 2  # the cubic from (dq, dv) to rest at nothing
+        q = q + rest * ((1 + 2 * s) * dq + s * span * dv)
+        return q, v + (1 - s) * (-6 * s / span * dq + (1 - 3 * s) * dv)
+
+    def restart(self, t: float, q: np.ndarray, v: np.ndarray) -> None:
+        """Take the jump to smooth out to be from ``q`` and ``v`` (n,) instead: what was sent before the plan in force."""
+        if self.plan is not None and self.plan.x is not None:
+            to = self.plan.joints(t)
+            self._joints = q - to[0], v - to[1]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import struct
 import termios
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,7 +63,8 @@ class ServoDriver(Driver):
         at_stop: what ``stop`` leaves: "hold" where they are, or "off": without torque, an arm falls.
     """
 
-    senses_torque: ClassVar[bool] = False
+    senses_torque = False
+    follows = "position"
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class UrDriver(Driver):
         watchdog: [Hz]; 100 is five periods of 500 Hz.
     """
 
-    senses_torque: ClassVar[bool] = False
+    senses_torque = False
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class UrDriver(Driver):
             if not low <= value <= high:
                 raise DriverError(f"expected {low} to {high}, found {value}", key=key)
         self._host, self._epoch, self._mode = host, epoch, mode
+        self.follows = "position" if mode == "servoj" else "law"
         self._servo = (0.0, 0.0, 1 / robot.control.rate, lookahead, gain)  # speed, acceleration (not used), time, ...
         self._watchdog, self._guarded = watchdog, False
         self._low, self._high = np.asarray(robot.limits.position_lower), np.asarray(robot.limits.position_upper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 
@@ -70,9 +70,12 @@ class Driver(ABC):
     """A robot. ``open`` before the first ``read``; ``stop`` may be called at any time and more than once.
 
     ``senses_torque``: whether ``tau`` is measured; else it is the driver's best guess and nothing is concluded from it.
+    ``follows``: whether a command's torque law is applied, or its ``q_ref`` is followed as closely as the robot's own servo can:
+    then ``q_ref`` is where the joints should be, not the reference of a spring.
     """
 
-    senses_torque: ClassVar[bool] = True
+    senses_torque: bool = True
+    follows: Literal["law", "position"] = "law"
 
     @abstractmethod
     def open(self) -> None:

@@ -40,7 +40,7 @@ class SafetyGate:
         self._effort = np.asarray(limits.effort)
         rate = limits.effort_rate
         self._rate = np.full(robot.nu, np.inf) if rate is None else np.asarray(rate) * _RATE_SHARE
-        self._stiffness, self._damping = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
+        self.gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
         self._period = 1 / robot.control.rate
         self._last: JointCommand | None = None
         self._total = np.zeros(robot.nu)
@@ -50,10 +50,10 @@ class SafetyGate:
     def hold(self, state: RobotState) -> JointCommand:
         """Return the command that holds the measured position and damps, with the robot's own gains."""
         zero = np.zeros(len(self._pick))
-        return JointCommand(state.q[self._pick], zero, self._stiffness, self._damping, zero)
+        return JointCommand(state.q[self._pick], zero, *self.gains, zero)
 
-    def __call__(self, state: RobotState, command: JointCommand) -> tuple[JointCommand, bool]:
-        """Return the command to send and whether anything was clamped."""
+    def __call__(self, state: RobotState, command: JointCommand, now: float | None = None) -> tuple[JointCommand, bool]:
+        """Return the command to send and whether anything was clamped; ``now`` [s], None: the measurement is of now."""
         for name in ("q", "v", "tau", "gravity", "stamp"):
             if not np.isfinite(getattr(state, name)).all():
                 raise DriverError("the robot reports a number that is not finite", key=f"state.{name}")
@@ -71,10 +71,11 @@ class SafetyGate:
             self.counts["non-finite"] += 1
             command = self.hold(state)
             wanted = np.nan_to_num(_torque(command, q, v, state))
-        total = self._within(q, v, wanted, state)
+        now = state.stamp if now is None else now
+        total = self._within(q, v, wanted, state, now)
         if total is not wanted:
             command = self._shifted(command, q, v, state, total)
-        self._last, self._total, self._last_stamp = command, total, state.stamp
+        self._last, self._total, self._last_stamp = command, total, now
         return command, self.counts.total() > before
 
     def _shifted(self, command: JointCommand, q: np.ndarray, v: np.ndarray, state: RobotState, total: np.ndarray) -> JointCommand:
@@ -92,7 +93,7 @@ class SafetyGate:
             raise DriverError("the robot reports a torque no joint of it can have", key="state.gravity")
         return plain
 
-    def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState) -> np.ndarray:
+    def _within(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, state: RobotState, now: float) -> np.ndarray:
         """Return the total torque within every limit; the same array if nothing was clamped."""
         total = wanted
         fast = ((v >= self._speed) & (total > state.gravity)) | ((v <= -self._speed) & (total < state.gravity))
@@ -105,7 +106,7 @@ class SafetyGate:
         if (bounded != total).any():
             self.counts["torque"] += 1
             total = bounded
-        elapsed = 0.0 if self._last is None else state.stamp - self._last_stamp
+        elapsed = 0.0 if self._last is None else now - self._last_stamp
         if self._last is None:  # the first command: nothing is known of the time before
             last = state.tau
         elif elapsed < 1.5 * self._period:

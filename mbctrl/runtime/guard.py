@@ -12,11 +12,11 @@ from mbctrl.base.robot import Robot
 from mbctrl.runtime.arming import arming_refusals
 from mbctrl.runtime.brake import Brake
 from mbctrl.runtime.contact import ContactObserver
-from mbctrl.runtime.driver import JointCommand, RobotState
+from mbctrl.runtime.driver import Driver, JointCommand, RobotState
 from mbctrl.runtime.ladder import Conditions, Ladder, LadderSettings, Mode
 from mbctrl.runtime.limiter import Limiter
 from mbctrl.runtime.loop import Guarding
-from mbctrl.runtime.sensors import Reading, SensorCheck, Verdict
+from mbctrl.runtime.sensors import Reading, SensorCheck, SensorSettings, Verdict
 from mbctrl.runtime.watch import ArmWatch, Seen
 
 _REST = 0.02  # [rad/s]
@@ -58,21 +58,21 @@ class Guard(Guarding):
     Args:
         robot: limits and gains.
         watch: the arm's model; None: contacts, gravity and clearance are not looked at.
-        senses_torque: whether torques are measured.
+        driver: whether it senses torques, and what it follows.
         settings: what is tolerated.
     """
 
-    def __init__(
-        self, robot: Robot, watch: ArmWatch | None, senses_torque: bool, settings: GuardSettings = GuardSettings()
-    ) -> None:
-        self.robot, self.watch, self.settings, self._senses = robot, watch, settings, senses_torque
+    def __init__(self, robot: Robot, watch: ArmWatch | None, driver: Driver, settings: GuardSettings = GuardSettings()) -> None:
+        self.robot, self.watch, self.settings = robot, watch, settings
+        self._senses, self._position = driver.senses_torque, driver.follows == "position"
         self.ladder = Ladder(robot, LadderSettings(clearance=settings.clearance))
-        self.sensors, self.brake = SensorCheck(robot), Brake(robot)
+        self.sensors, self.brake = SensorCheck(robot, _bridging(robot)), Brake(robot)
         self._impedance = robot.control.mode == "impedance"
         self._pick, self._period = robot.command_index, 1 / robot.control.rate
+        self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
         self.limiter = Limiter(robot) if self._impedance else None
         self.contact: ContactObserver | None = None
-        if watch is not None and senses_torque and settings.contact > 0 and robot.nu == robot.nq:
+        if watch is not None and self._senses and settings.contact > 0 and robot.nu == robot.nq:
             limits = settings.contact * np.asarray(robot.limits.effort)
             self.contact = ContactObserver(limits, lambda q, v: self._model(q, v).momentum, lambda q, v: self._model(q, v).beta)
         self.counts: Counter[str] = Counter()
@@ -99,6 +99,8 @@ class Guard(Guarding):
                 felt = self.contact(good.stamp, good.q, good.v, good.tau)
                 self.found.external = felt.torque
                 self._touched = ", ".join(self.robot.joints[joint] for joint in felt.joints)
+        if not self._senses and self.found.seen is not None and self.robot.control.gravity_compensation:
+            good = replace(good, gravity=self.found.seen.gravity[self._pick])  # what the robot adds without a word
         return good
 
     def accepts(self, plan: Plan) -> bool:
@@ -175,9 +177,9 @@ class Guard(Guarding):
         if mode is Mode.RUN:
             self.furthest = max(self.furthest, float(np.abs(limited.q - reference).max()))
         self._clamped = limited.lasting if limited.persistent else 0.0
-        gains = np.asarray(self.robot.control.stiffness), np.asarray(self.robot.control.damping)
         zero = np.zeros(self.robot.nu)
-        return JointCommand(limited.q, zero, *gains, wanted.torque if mode is Mode.RUN else zero)
+        v_ref = limited.v if self._position else zero  # the plan's spring law damps against rest
+        return JointCommand(limited.q, v_ref, *self._gains, wanted.torque if mode is Mode.RUN else zero)
 
     def _conditions(self, t: float, state: RobotState, holding: bool, planner: bool) -> Conditions:
         reading, seen = self.found.reading, self.found.seen
@@ -216,9 +218,15 @@ class Guard(Guarding):
 
     def _stopping(self, t: float) -> JointCommand:
         command = self.brake.command(t, self._gravity(), self.ladder.compliant)
-        # The plan's law damps against rest: so does the stop, or its damping torque would jump.
-        return replace(command, v_ref=np.zeros(self.robot.nu)) if self._impedance else command
+        # A plan's spring law damps against rest: so does the stop, or its damping torque would jump.
+        return command if self._position or not self._impedance else replace(command, v_ref=np.zeros(self.robot.nu))
 
     def _gravity(self) -> np.ndarray | None:
         seen = self.found.seen
         return None if seen is None or self.robot.control.gravity_compensation else seen.gravity[self._pick]
+
+
+def _bridging(robot: Robot) -> SensorSettings:
+    """Return how long measurements may be missing: five periods, and 20 ms at least, which ordinary systems need at times and
+    which a Franka arm bridges itself (20 packets)."""
+    return SensorSettings(extrapolate=max(5, round(0.02 * robot.control.rate)))

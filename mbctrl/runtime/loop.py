@@ -145,6 +145,7 @@ class ControlLoop:
         self._recent: deque[float] = deque([spec.latency], maxlen=9)
         self._pending: Plan | None = None
         self._held: JointCommand | None = None
+        self._held_at = np.zeros(robot.nq)
         self._next_plan = 0.0
 
     def run(self, duration: float) -> None:
@@ -181,7 +182,7 @@ class ControlLoop:
                 self.observe(Tick(t, state, wanted, False, self.follower.plan, arrived, latency, holding))
                 return False
             command = guarded
-        command, clamped = self.gate(state, command)
+        command, clamped = self.gate(state, command, t)
         self.driver.write(command)
         self.counts.ticks += 1
         self.counts.held += holding and self.follower.plan is not None
@@ -218,15 +219,20 @@ class ControlLoop:
         self.follower.switch(plan, t)
         if self._held is not None and self.spec.blend > 0:  # the jump to smooth out is from the hold, not from a plan long gone
             self.follower.resume(plan, Following(plan.seq, t, self._holding() - plan.command(t)))
+            self.follower.restart(t, self._held_at, np.zeros(self._nq))
         return plan, self._recent[-1]
 
     def _command(self, t: float, state: RobotState) -> tuple[np.ndarray, JointCommand, bool]:
         plan = self.follower.plan
         if plan is None or t - plan.stamp > self.spec.stale or t > plan.end:
             if self._held is None:  # latched: following the measured position would let the arm creep
-                self._held = self.gate.hold(state)
+                self._held, self._held_at = self.gate.hold(state), state.q
             return self._holding(), self._held, True
         self._held = None
+        if self.driver.follows == "position" and plan.x is not None:
+            q, v = (part[self._pick] for part in self.follower.joints(t))
+            gains = self.gate.gains
+            return q, JointCommand(q, v, *gains, np.zeros(len(self._pick))), False
         u, zero, (k, d) = self.follower.command(t), np.zeros(len(self._pick)), self._gains
         if not self._torque_mode:
             return u, JointCommand(u, zero, k, d, zero), False

@@ -152,7 +152,7 @@ class DriverProcess(Driver):
             theirs.close()
             if not self._pipe.poll(self._patience):
                 raise DriverError(f"did not open within {self._patience:g} s", key="driver")
-            self.senses_torque, self.notes = self._receive()
+            self.senses_torque, self.follows, self.notes = self._receive()
         except BaseException:
             self.stop()
             raise
@@ -262,7 +262,7 @@ def _drive(pipe: Connection, job: _Job, boxes: _Boxes) -> None:
     try:
         driver.open()
         boxes.publish(driver.read())
-        pipe.send((driver.senses_torque, notes))
+        pipe.send((driver.senses_torque, driver.follows, notes))
         with steady():
             _exchange(driver, job, boxes)
     finally:

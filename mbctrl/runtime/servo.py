@@ -72,6 +72,7 @@ class OnClock(Driver):
     def open(self) -> None:
         """Open the driver."""
         self._driver.open()
+        self.senses_torque, self.follows = self._driver.senses_torque, self._driver.follows
 
     def read(self) -> RobotState:
         """Return the newest measurement."""
@@ -127,7 +128,7 @@ class Servo:
             recorder.open()
             self.notes += self._process.notes
             self.watch = ArmWatch(self.bundle)
-            self.guard = Guard(self.robot, self.watch, self._process.senses_torque, self.job.guard)
+            self.guard = Guard(self.robot, self.watch, self.driver, self.job.guard)
             self.port = MailboxPort(self.job.folder, Sizes.of(self.bundle))
             self._arm()
             self.loop = ControlLoop(
