@@ -1,7 +1,7 @@
 """A simulated Franka arm behind its real protocol, in a process of its own: ``python _franka_server.py HOST LOG``.
 
-A line on standard input is an order: ``freeze S``, ``estop``, ``protective``, ``reset``, ``nan``, ``torque``, ``quit``. The
-log has a line a period: robot time, fastest joint [rad/s], status, largest torque step [N·m], largest torque over its limit.
+A line on standard input is an order: ``freeze SECONDS``, ``estop``, ``protective``, ``fault``, ``reset``, ``nan``, ``quit``. The
+log has a line a period: its number, fastest joint [rad/s], status, and why the arm stopped.
 """
 
 from __future__ import annotations
@@ -36,41 +36,36 @@ def serve(host: str, path: str) -> None:
 
 
 def loop(plant: Plant, wire: FrankaWire, orders: selectors.BaseSelector, path: str) -> None:
-    limit, last, until, poison = np.asarray(plant.robot.limits.effort), plant.state.tau - plant.state.gravity, 0, 0
+    stops = {"estop": Status.EMERGENCY_STOP, "protective": Status.PROTECTIVE_STOP, "fault": Status.FAULT}
+    frozen_until = poisoned_until = 0
     due, busy = time.monotonic(), 0.0
-    with open(path, "w", buffering=1) as log:
+    with open(path, "w", buffering=1, encoding="utf-8") as log:
         while True:
             due += plant.period
             time.sleep(max(due - time.monotonic(), 0.0))
             begin = time.thread_time()
             if plant.ticks % 10 == 0 and orders.select(0):
-                order = sys.stdin.readline().split()
-                if not order or order[0] == "quit":
+                order, *arguments = sys.stdin.readline().split() or ["quit"]
+                if order == "quit":
                     break
-                if order[0] == "freeze":
-                    until = plant.ticks + round(float(order[1]) / plant.period)
-                elif order[0] == "estop":
-                    plant.halt("emergency stop", Status.EMERGENCY_STOP)
-                elif order[0] == "protective":
-                    plant.halt("joint_reflex")
-                elif order[0] == "reset":
+                if order in stops:
+                    plant.halt(order, stops[order])
+                elif order == "reset":
                     plant.reset()
-                elif order[0] == "nan":
-                    poison = 3
-            frozen = plant.ticks < until
-            if not frozen:
+                elif order == "freeze":
+                    frozen_until = plant.ticks + round(float(arguments[0]) / plant.period)
+                elif order == "nan":
+                    poisoned_until = plant.ticks + 3
+            if frozen := plant.ticks < frozen_until:
+                plant.tick()
+            else:
                 wire.receive()
-            sample = plant.tick()
-            if poison:
-                poison, sample = poison - 1, replace(sample, q=np.full(7, np.nan))
-            if not frozen:
-                wire.publish(sample)
+                sample = plant.tick()
+                wire.publish(replace(sample, q=np.full(7, np.nan)) if plant.ticks <= poisoned_until else sample)
             busy += time.thread_time() - begin
-            command = plant.state.tau - plant.state.gravity
-            step, over = np.abs(command - last).max(), (np.abs(plant.state.tau) - limit).max()
-            last = command
-            log.write(f"{plant.ticks} {np.abs(plant.state.v).max():.6f} {plant.status.name} {step:.4f} {over:.4f}\n")
-    print(f"busy {1e6 * busy / plant.ticks:.0f} us a period", flush=True)
+            speed = np.abs(plant.state.v).max()
+            log.write(f"{plant.ticks} {speed:.6f} {plant.status.name} {plant.reason or '-'}{' frozen' if frozen else ''}\n")
+    print(f"{1e6 * busy / plant.ticks:.0f} us a period", flush=True)
     wire.close()
 
 

@@ -83,7 +83,7 @@ class FrankaDriver(Driver):
         self._motion: Any = None
         self._reader: threading.Thread | None = None
         self._state: RobotState | None = None
-        self._leave, self._moving, self._stopped, self._offset = threading.Event(), False, False, np.inf
+        self._leave, self._moving, self._stopped, self._clock = threading.Event(), False, False, _Clock()
         self._written: float | None = None
 
     def open(self) -> None:
@@ -96,7 +96,7 @@ class FrankaDriver(Driver):
         self.close()
         self._franky = need("franky", "franka", "driver 'franka'")
         self._leave.clear()
-        self._offset, self._state, self._written, self.reason = np.inf, None, None, ""
+        self._clock, self._state, self._written, self.reason = _Clock(), None, None, ""
         self._robot = self._connect()
         atexit.register(self.close)  # the vendor's threads must not outlive the interpreter
         try:
@@ -242,20 +242,32 @@ class FrankaDriver(Driver):
 
     def _keep(self, state: Any, arrival: float) -> None:
         """Make a vendor's state the newest measurement."""
-        number = state.time.to_msec()
-        stamp, last = 1e-3 * number, self._state
+        number, last = state.time.to_msec(), self._state
         status = _STATUS.get(state.robot_mode.name, Status.FAULT)
-        if last is not None and last.seq != number:
-            self._offset += _DRIFT * max(stamp - (last.stamp + self.epoch - self._offset), 0.0)
-        self._offset = min(self._offset, arrival - stamp)
         if self._motion is not None and not (self._moving or self._stopped) and status.usable:
             status = Status.FAULT  # the robot is well, but follows no command
-        mapped = stamp + self._offset - self.epoch
+        if last is not None and (last.seq, last.status) == (number, status):
+            return
+        stamp = self._clock.stamp(1e-3 * number, arrival) - self.epoch
         gravity = self._robot.model.gravity(state)
-        self._state = RobotState(mapped, number, state.q, state.dq, state.tau_J, gravity, status)
+        self._state = RobotState(stamp, number, state.q, state.dq, state.tau_J, gravity, status)
 
     def _error(self, what: object) -> DriverError:
         return DriverError(f"{what}", key=f"franka {self.host}:{_PORT}")
+
+
+class _Clock:
+    """Brings the robot's time to ours: what arrived with the least delay so far tells how the two clocks stand."""
+
+    def __init__(self) -> None:
+        self._offset, self._time, self._stamp = np.inf, 0.0, -np.inf
+
+    def stamp(self, time: float, arrival: float) -> float:
+        """Return the robot's ``time`` [s], of what arrived at ``arrival`` [s], on the clock of the arrivals; never decreases."""
+        if time != self._time:
+            self._offset = min(self._offset + _DRIFT * (time - self._time), arrival - time)
+            self._time, self._stamp = time, max(time + self._offset, self._stamp)
+        return self._stamp
 
 
 @contextmanager
