@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _JOINTS = 7
 _PORT = 1337
 _OPENING = 3.0  # [s] for the connection: the vendor's client waits without end for a robot that accepts and says nothing
+_PARTING = 0.05  # [s] for the robot to see that a client is gone: it takes one at a time
 _STARTING = 1.0  # [s] for a motion to start
 _POLL = 0.0005  # [s] between two looks at the state while a motion runs
 _SETTLING = 20  # states before the first motion, to learn the clocks' offset
@@ -102,12 +103,9 @@ class FrankaDriver(Driver):
         try:
             self._prepare()
             self._start()
-        except self._franky.Exception as error:
+        except Exception as error:
             self.close()
-            raise self._error(error) from None
-        except DriverError:
-            self.close()
-            raise
+            raise error if isinstance(error, DriverError) else self._error(error) from None
         self._reader = threading.Thread(target=self._read_on, name="franka", daemon=True)
         self._reader.start()
 
@@ -145,7 +143,7 @@ class FrankaDriver(Driver):
             self._damp()
             if not self._robot.join_motion(timeout=1.5):
                 log.warning("%s", self._error("the arm did not come to rest within 1.5 s"))
-        except self._franky.Exception as error:
+        except Exception as error:  # whatever the vendor's loop died of: the motion has ended
             log.warning("%s", self._error(error))
 
     def close(self) -> None:
@@ -154,8 +152,10 @@ class FrankaDriver(Driver):
         self._leave.set()
         if self._reader is not None:
             self._reader.join(3.0)
-        self._reader = self._motion = self._robot = None
-        atexit.unregister(self.close)
+        if self._robot is not None:
+            atexit.unregister(self.close)
+            self._reader = self._motion = self._robot = None
+            time.sleep(_PARTING)
 
     def _connect(self) -> Any:
         """Return the vendor's robot, made in a thread, as its constructor may never return."""
@@ -219,7 +219,7 @@ class FrankaDriver(Driver):
                     running = self._moving = False
                     self._robot.poll_motion()  # raises what ended the motion
                 self._keep(self._robot.state, time.monotonic())
-            except self._franky.Exception as error:
+            except Exception as error:  # whatever the vendor's loop died of, also of our numbers: reading goes on
                 self.reason = " ".join(str(error).split())
                 log.warning("%s", self._error(error))
                 if isinstance(error, self._franky.NetworkException):

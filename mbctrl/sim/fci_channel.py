@@ -55,7 +55,7 @@ class Channel:
             log.warning("client %s dropped: %s", self.peer, error)
             self.drop()
         self._silent = 0 if requests else self._silent + 1
-        if self._greeted is False and self._silent > _PATIENCE:
+        if not self._greeted and self._silent > _PATIENCE:
             self.drop()
         self._greeted = self._greeted or bool(requests)
         self._flush()
@@ -72,6 +72,7 @@ class Channel:
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._client.close()
             self._client = None
+            self._listen()
 
     def close(self) -> None:
         """Close everything."""
@@ -81,12 +82,8 @@ class Channel:
             self._listener = None
 
     def _accept(self) -> bool:
-        if self._listener is None:
-            try:
-                self.open()
-            except DriverError as error:
-                log.warning("%s", error)
-                return False
+        if self._listener is None and not self._listen():
+            return False
         try:
             self._client, (self._address, _) = self._listener.accept()
         except OSError:
@@ -97,6 +94,14 @@ class Channel:
         self._listener.close()
         self._listener = None
         return True
+
+    def _listen(self) -> bool:
+        """Listen again; somebody else may have taken the port meanwhile."""
+        try:
+            self.open()
+        except DriverError as error:
+            log.warning("%s", error)
+        return self._listener is not None
 
     def _flush(self) -> None:
         if self._client is None or not self._out:
