@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+import time
 from collections import deque
 
 import mujoco
@@ -41,7 +42,8 @@ class FrankaWire(Wire):
     Motions are torque motions, without the arm's gravity torque; motion generators are refused as invalid. The robot
     stops by itself, with the error the real arm names, when
 
-    - 20 periods in a row bring no command, or the client is gone: ``communication_constraints_violation``;
+    - 20 periods in a row bring no command, or the client is gone: ``communication_constraints_violation`` (they must have
+      taken 20 periods' time as well: a server that makes up for a pause of its own must not blame the client);
     - a torque is further from the last one than the effort rate allows: ``controller_torque_discontinuity``. A command that
       answers an older state may be a step further for each period it is late; the torque applied still takes one
       step a period, so late packets never make the arm's torque jump;
@@ -63,7 +65,7 @@ class FrankaWire(Wire):
         self._move: fci.Request | None = None  # the motion under way
         self._wanted, self._torque = np.zeros(_JOINTS), np.zeros(_JOINTS)  # commanded, and applied [N·m]
         self._sent, self._taken = 0, 0  # numbers of the newest state and of the newest command
-        self._missed, self._recent = 0, deque(maxlen=100)
+        self._missed, self._heard, self._recent = 0, 0.0, deque(maxlen=100)
         self._tool = _Tool(plant)
         self._packet = _blank(self._tool)
 
@@ -92,10 +94,10 @@ class FrankaWire(Wire):
         self._recent.append(command is not None)
         if command is None:
             self._missed += 1
-            if self._missed >= _MISSED:
+            if self._missed >= _MISSED and time.monotonic() - self._heard >= _MISSED * self.plant.period:
                 self._reflex("communication_constraints_violation")
         else:
-            self._missed = 0
+            self._missed, self._heard = 0, time.monotonic()
             self._take(command)
         if self._move is not None and self._taken:
             self._apply()
@@ -161,7 +163,7 @@ class FrankaWire(Wire):
         if kinds != (fci.EXTERNAL_CONTROLLER, fci.NO_GENERATOR):
             self._channel.send(fci.answer(request, fci.Move.INVALID))
             return
-        self._move, self._missed, self._taken = request, 0, 0
+        self._move, self._missed, self._heard, self._taken = request, 0, time.monotonic(), 0
         self._wanted, self._torque = np.zeros(_JOINTS), np.zeros(_JOINTS)
         self._recent.clear()
         self._packet["reflex_reason"] = 0
