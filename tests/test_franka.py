@@ -135,6 +135,8 @@ def test_a_state_every_millisecond_with_stamps_of_the_robots_own(driver: FrankaD
     for last, state in zip(states, states[1:]):
         assert state.seq != last.seq or state.stamp == last.stamp
     assert all(state.stamp <= time.monotonic() for state in states)
+    ahead = np.array([state.stamp - 1e-3 * state.seq for state in new])
+    assert np.diff(ahead).max() < 1e-4  # the robot's time, and not that of the arrivals
 
 
 def test_a_sine_of_all_joints_is_tracked(driver: FrankaDriver) -> None:
@@ -221,6 +223,7 @@ def test_stop_brings_the_arm_to_rest_and_leaves_it_held(arm: Arm, driver: Franka
     move(driver, 0.5)
     assert not arm.stands()
     driver.stop()
+    assert not driver._robot.is_in_control
     wait(arm.stands)
     rest = driver.read()
     driver.write(law(rest.q + 0.3))

@@ -123,13 +123,15 @@ class FrankaDriver(Driver):
             raise self._error("not open")
         if not self._moving:
             return
-        franky = self._franky
         gains = command.stiffness, command.damping
         try:
             if not all(np.array_equal(new, old) for new, old in zip(gains, self._gains)):
-                self._motion.set_gains(franky.JointImpedanceGains(*gains))
+                # Between the two calls the loop may run: a joint without stiffness has no reference that means anything.
+                between = np.where(command.stiffness == 0, self._reference, command.q_ref)
+                self._refer(between, command)
+                self._motion.set_gains(self._franky.JointImpedanceGains(*gains))
                 self._gains = tuple(part.copy() for part in gains)
-            self._motion.set_reference(franky.JointReference(q=command.q_ref, dq=command.v_ref, tau_ff=command.torque))
+            self._refer(command.q_ref, command)
         except ValueError as error:  # a negative gain
             raise self._error(error) from None
         self._written = time.monotonic()
@@ -156,6 +158,10 @@ class FrankaDriver(Driver):
             atexit.unregister(self.close)
             self._reader = self._motion = self._robot = None
             time.sleep(_PARTING)
+
+    def _refer(self, q: np.ndarray, command: JointCommand) -> None:
+        self._motion.set_reference(self._franky.JointReference(q=q, dq=command.v_ref, tau_ff=command.torque))
+        self._reference = q
 
     def _connect(self) -> Any:
         """Return the vendor's robot, made in a thread, as its constructor may never return."""
@@ -200,6 +206,7 @@ class FrankaDriver(Driver):
             stiffness=self._gains[0], damping=self._gains[1], compensate_coriolis=False, gains_time_constant=_INSTANTLY
         )
         self._motion.set_reference(franky.JointReference(q=self._state.q))
+        self._reference = self._state.q
         with _urgent():  # the control loop's thread is made here and inherits the priority; franky sets none without an RT kernel
             self._robot.move(self._motion, asynchronous=True, cutoff_frequency=_UNFILTERED)
         deadline = time.monotonic() + _STARTING
