@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -153,6 +154,10 @@ def test_plain_torque_and_back(driver: FrankaDriver) -> None:
     wait(lambda: driver.read().q[6] > start[6] + 0.02)
     driver.write(law(start))
     wait(lambda: np.abs(driver.read().q - start).max() < 5e-3)
+    driver.write(replace(free, torque=ZERO))
+    driver.open()  # begins with the robot's own gains again
+    driver.write(law(start + 0.05))
+    wait(lambda: np.abs(driver.read().q - start - 0.05).max() < 5e-3)
 
 
 @pytest.mark.parametrize("part", ["q_ref", "v_ref", "stiffness", "damping", "torque"])
@@ -642,6 +647,19 @@ def test_random_bytes_never_stop_the_server(survivor: Client, noise: bytes, data
     survivor.period()
     assert np.isfinite(survivor.plant.state.q).all() and np.abs(survivor.plant.state.v).max() < 0.1
     survivor.connect()
+
+
+def test_a_flood_is_read_a_bit_at_a_time(client: Client) -> None:
+    client.start()
+    for _ in range(200):
+        client.udp.sendto(bytes(371), (client.wire.host, fci.PORT))
+    client.tcp.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.tcp.send(request(fci.Command.SET_LOAD, bytes(104)) * 1000)
+    for _ in range(300):
+        client.period()
+    assert client.plant.ticks > 300 and np.isfinite(client.plant.state.q).all()
 
 
 def test_a_client_that_says_nothing_does_not_keep_others_out(client: Client) -> None:

@@ -47,8 +47,8 @@ class FrankaDriver(Driver):
     motion is ended as ``stop`` does. A killed process is stopped by the robot, after 20 periods without a command.
 
     ``tau`` is the measured joint torque and includes gravity; ``gravity`` is that of the model the robot sends, for the
-    measured positions. ``seq`` is the robot's time in milliseconds. A motion that ended stays so, and
-    commands are dropped, until the driver is opened again; where it was not ``stop`` that ended it, the status is not OK.
+    measured positions. ``seq`` is the robot's time in milliseconds. A motion that ended stays so, and commands are dropped,
+    until the driver is opened again; where it was not ``stop`` that ended it, the status is not OK. ``reason`` says why.
 
     Args:
         robot: seven joints.
@@ -77,8 +77,7 @@ class FrankaDriver(Driver):
         self.host, self.epoch, self.timeout, self.recover = host, epoch, timeout, recover
         self.reason = ""  # why the motion ended, in the vendor's words
         self._thresholds, self._realtime = (torque_threshold, force_threshold), realtime
-        self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
-        self._damping = self._gains[1]
+        self._holding = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
         self._franky: Any = None
         self._robot: Any = None
         self._motion: Any = None
@@ -202,6 +201,7 @@ class FrankaDriver(Driver):
     def _start(self) -> None:
         """Start the motion at the measured position, and wait until the robot says that it moves."""
         franky = self._franky
+        self._gains = self._holding
         self._motion = franky.JointImpedanceTrackingMotion(
             stiffness=self._gains[0], damping=self._gains[1], compensate_coriolis=False, gains_time_constant=_INSTANTLY
         )
@@ -220,20 +220,26 @@ class FrankaDriver(Driver):
     def _read_on(self) -> None:
         """Keep the newest state, and end a motion nobody commands: the reader's thread."""
         running = True
-        while not self._leave.is_set():
-            try:
+        try:
+            while not self._leave.is_set():
                 if running and not self._robot.is_in_control:
                     running = self._moving = False
-                    self._robot.poll_motion()  # raises what ended the motion
+                    self._say_why()
                 self._keep(self._robot.state, time.monotonic())
-            except Exception as error:  # whatever the vendor's loop died of, also of our numbers: reading goes on
-                self.reason = " ".join(str(error).split())
-                log.warning("%s", self._error(error))
-                if isinstance(error, self._franky.NetworkException):
-                    break  # nothing comes any more: the last stamp grows old
-            if running:
-                self._watch()
-                time.sleep(_POLL)
+                if running:
+                    self._watch()
+                    time.sleep(_POLL)  # without a motion the vendor's call itself waits for a packet
+        except Exception as error:  # whatever it is, nothing comes any more: the last stamp grows old
+            self.reason = self.reason or " ".join(str(error).split())
+            log.warning("%s", self._error(error))
+
+    def _say_why(self) -> None:
+        """Log what ended the motion, unless its end was wanted."""
+        try:
+            self._robot.poll_motion()
+        except Exception as error:  # whatever the vendor's loop died of, also of our numbers
+            self.reason = " ".join(str(error).split())
+            log.warning("%s", self._error(error))
 
     def _watch(self) -> None:
         written = self._written
@@ -244,7 +250,7 @@ class FrankaDriver(Driver):
             self._damp()
 
     def _damp(self) -> None:
-        motion = self._franky.TorqueStopMotion(self._damping, ramp_duration=0.05, max_duration=1.0, compensate_coriolis=False)
+        motion = self._franky.TorqueStopMotion(self._holding[1], ramp_duration=0.05, max_duration=1.0, compensate_coriolis=False)
         self._robot.move(motion, asynchronous=True, cutoff_frequency=_UNFILTERED)
 
     def _keep(self, state: Any, arrival: float) -> None:

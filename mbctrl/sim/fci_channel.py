@@ -11,6 +11,7 @@ from mbctrl.sim import fci
 
 log = logging.getLogger(__name__)
 _PATIENCE = 1000  # [polls] a client has for its first request: whoever says nothing must not keep others out
+_CHUNKS = 4  # read in a poll: a client that floods must not hold up the robot
 _RESET = struct.pack("ii", 1, 0)  # linger for 0 s: the peer sees a reset, which the vendor's client notices at once
 _BACKLOG_BYTES = 1 << 20
 
@@ -44,11 +45,14 @@ class Channel:
             return []
         requests = []
         try:
-            while chunk := self._client.recv(fci.MAX_REQUEST):
+            for _ in range(_CHUNKS):
+                chunk = self._client.recv(fci.MAX_REQUEST)
+                if not chunk:
+                    self.drop()
+                    break
                 self._in += chunk
                 while request := fci.take_request(self._in):
                     requests.append(request)
-            self.drop()
         except BlockingIOError:
             pass
         except (OSError, DriverError) as error:
@@ -110,7 +114,8 @@ class Channel:
             del self._out[: self._client.send(self._out)]
         except BlockingIOError:
             pass
-        except OSError:
-            self.drop()
+        except OSError:  # the next poll finds the client gone, the only place where it may go
+            self._out.clear()
         if len(self._out) > _BACKLOG_BYTES:
-            self.drop()
+            self._client.shutdown(socket.SHUT_RDWR)
+            self._out.clear()

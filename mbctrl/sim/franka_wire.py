@@ -22,6 +22,7 @@ from mbctrl.sim.wire import Wire
 log = logging.getLogger(__name__)
 _JOINTS = 7
 _MISSED = 20  # consecutive periods without a command before the robot stops by itself
+_DATAGRAMS = 64  # read in a period: a flood must not hold up the robot
 _ROUNDING = 1e-4  # [N·m], a torque went through single precision on its way to the client
 _MODES = {
     Status.PROTECTIVE_STOP: fci.Mode.REFLEX,
@@ -173,7 +174,7 @@ class FrankaWire(Wire):
         """Return the newest command the client sent since the last period, if there is one."""
         newest = None
         try:
-            while True:
+            for _ in range(_DATAGRAMS):
                 datagram, sender = self._udp.recvfrom(2048)
                 if self._move is None or sender != (self._channel.peer, self._port):
                     continue
@@ -181,7 +182,8 @@ class FrankaWire(Wire):
                 if command is not None and self._taken < command["message_id"] <= self._sent:
                     newest, self._taken = command, int(command["message_id"])
         except OSError:  # nothing more to read, or the client's port is closed
-            return newest
+            pass
+        return newest
 
     def _take(self, command: np.void) -> None:
         """Check a command, and make it the wanted torque."""
