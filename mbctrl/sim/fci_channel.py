@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import struct
@@ -117,5 +118,6 @@ class Channel:
         except OSError:  # the next poll finds the client gone, the only place where it may go
             self._out.clear()
         if len(self._out) > _BACKLOG_BYTES:
-            self._client.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                self._client.shutdown(socket.SHUT_RDWR)
             self._out.clear()
