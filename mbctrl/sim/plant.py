@@ -29,7 +29,7 @@ class Plant:
     """
 
     def __init__(self, mj: mujoco.MjModel, robot: Robot, start: np.ndarray | None = None) -> None:
-        self.robot, self.period = robot, 1 / robot.control.rate
+        self.mj, self.robot, self.period = mj, robot, 1 / robot.control.rate
         self._clock = LockstepClock()
         self._driver = SimDriver(mj, robot, self._clock, start)
         self._driver.open()
