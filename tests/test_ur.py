@@ -610,14 +610,33 @@ def test_stop_brings_the_arm_to_rest_and_ends_the_program(server: Server) -> Non
     driver.close()
 
 
-def test_a_stop_of_a_frozen_arm_returns(server: Server, driver: UrDriver) -> None:
-    sine(driver, 20)
+def test_a_frozen_arm_is_sent_nothing_more_until_it_is_opened_again(server: Server, driver: UrDriver) -> None:
+    seen = sine(driver, 20)
     server.ask("freeze")
     try:
-        driver.stop()  # the client alone would wait for minutes
+        time.sleep(0.7)
+        before = driver.read()
+        with pytest.raises(DriverError, match="silent"):
+            driver.write(hold(seen[0][0]))
+        driver.stop()  # returns at once: the client would wait for minutes
     finally:
         server.ask("thaw")
-    fresh(driver, lambda state: state.status is Status.FAULT)
+    assert fresh(driver, lambda state: state.seq > before.seq).status is Status.FAULT
+    with pytest.raises(DriverError, match="silent"):
+        driver.write(hold(seen[0][0]))
+    assert server.until(lambda log: log.status == "fault").reason.startswith("RTDE watchdog")
+    driver.open()
+    assert driver.read().status is Status.OK
+    sine(driver, 20)
+    assert server.log().came.any()
+
+
+def test_a_program_that_may_be_another_gets_its_watchdog_again(server: Server, driver: UrDriver) -> None:
+    sine(driver, 20)
+    assert driver._guarded
+    time.sleep(0.6)
+    driver.read()
+    assert not driver._guarded
 
 
 CLIENT = """
