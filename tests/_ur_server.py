@@ -1,4 +1,4 @@
-"""A UR wire over a plant in a process of its own: ``python tests/_ur_server.py``; the client's constructor holds the GIL.
+"""A UR wire over a plant in a process of its own: ``python tests/_ur_server.py HOST``; the client's constructor holds the GIL.
 
 Takes one word a line on standard input (emergency, protective, reset, freeze, thaw, nan, quit, log) and answers with one JSON line.
 """
@@ -27,7 +27,7 @@ def heard() -> str:
 def main() -> None:
     model = load_model("ur10e")
     plant = Plant(model.mj, model.robot)
-    wire = UrWire(plant)
+    wire = UrWire(plant, sys.argv[1])
     wire.open()
     os.set_blocking(sys.stdin.fileno(), False)
     print(json.dumps({"ready": wire.ports}), flush=True)

@@ -33,6 +33,7 @@ from mbctrl.sim.ur_script import DONE, READY, ControlScript
 from mbctrl.sim.ur_wire import UrWire
 
 HERE = Path(__file__).parent
+HOST = "127.0.0.3"  # the ports are hard-coded in the client: whatever else runs on this machine has 127.0.0.1
 ROBOT = load_robot("ur10e")
 STIFFNESS, DAMPING, ZERO = np.asarray(ROBOT.control.stiffness), np.asarray(ROBOT.control.damping), np.zeros(6)
 SPEEDJ, SERVOJ, TORQUE, SPEED_STOP, SERVO_STOP, WATCHDOG, END = 9, 11, 66, 15, 16, 35, 255
@@ -414,7 +415,7 @@ class Server:
     """The process of tests/_ur_server.py."""
 
     def __init__(self) -> None:
-        command = [sys.executable, str(HERE / "_ur_server.py")]
+        command = [sys.executable, str(HERE / "_ur_server.py"), HOST]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         assert "ready" in json.loads(self.process.stdout.readline())
 
@@ -459,7 +460,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def driver(server: Server) -> Iterator[UrDriver]:
-    made = UrDriver(ROBOT, watchdog=2.0)  # tolerant of a busy machine; the tests of the watchdog have their own
+    made = UrDriver(ROBOT, HOST, watchdog=2.0)  # tolerant of a busy machine; the tests of the watchdog have their own
     made.open()
     yield made
     made.close()
@@ -489,7 +490,7 @@ def fresh(driver: UrDriver, condition: Callable[[Any], bool]) -> Any:
 def test_a_bare_vendor_client_reads_every_period_in_order(server: Server) -> None:
     from rtde_receive import RTDEReceiveInterface
 
-    plain = RTDEReceiveInterface("127.0.0.1")  # with its own list of variables
+    plain = RTDEReceiveInterface(HOST)  # with its own list of variables
     try:
         stamps = [plain.getTimestamp()]
         while len(stamps) < 200:
@@ -552,8 +553,8 @@ def test_a_reference_servoj_cannot_take_is_refused(driver: UrDriver) -> None:
 
 def test_a_second_driver_is_refused_and_the_first_goes_on(server: Server, driver: UrDriver) -> None:
     sine(driver, 50)
-    second = UrDriver(ROBOT)
-    with pytest.raises(DriverError, match="127.0.0.1:30004: another client commands this arm"):
+    second = UrDriver(ROBOT, HOST)
+    with pytest.raises(DriverError, match="127.0.0.3:30004: another client commands this arm"):
         second.open()
     server.log()
     sine(driver, 50)
@@ -596,7 +597,7 @@ def test_a_frozen_stream_shows_as_a_stamp_that_ages(server: Server, driver: UrDr
 
 
 def test_stop_brings_the_arm_to_rest_and_ends_the_program(server: Server) -> None:
-    driver = UrDriver(ROBOT, watchdog=10.0)  # braking from this speed takes longer than the watchdog waits
+    driver = UrDriver(ROBOT, HOST, watchdog=10.0)  # braking from this speed takes longer than the watchdog waits
     driver.open()
     sine(driver, 390, 0.75)
     assert np.abs(driver.read().v).max() > 1.1
@@ -610,23 +611,42 @@ def test_stop_brings_the_arm_to_rest_and_ends_the_program(server: Server) -> Non
     driver.close()
 
 
-def test_a_stop_of_a_frozen_arm_returns(server: Server, driver: UrDriver) -> None:
-    sine(driver, 20)
+def test_a_frozen_arm_is_sent_nothing_more_until_it_is_opened_again(server: Server, driver: UrDriver) -> None:
+    seen = sine(driver, 20)
     server.ask("freeze")
     try:
-        driver.stop()  # the client alone would wait for minutes
+        time.sleep(0.7)
+        before = driver.read()
+        with pytest.raises(DriverError, match="silent"):
+            driver.write(hold(seen[0][0]))
+        driver.stop()  # returns at once: the client would wait for minutes
     finally:
         server.ask("thaw")
-    fresh(driver, lambda state: state.status is Status.FAULT)
+    assert fresh(driver, lambda state: state.seq > before.seq).status is Status.FAULT
+    with pytest.raises(DriverError, match="silent"):
+        driver.write(hold(seen[0][0]))
+    assert server.until(lambda log: log.status == "fault").reason.startswith("RTDE watchdog")
+    driver.open()
+    assert driver.read().status is Status.OK
+    sine(driver, 20)
+    assert server.log().came.any()
+
+
+def test_a_program_that_may_be_another_gets_its_watchdog_again(server: Server, driver: UrDriver) -> None:
+    sine(driver, 20)
+    assert driver._guarded
+    time.sleep(0.6)
+    driver.read()
+    assert not driver._guarded
 
 
 CLIENT = """
-import time, numpy as np
+import sys, time, numpy as np
 from mbctrl.base.robot import load_robot
 from mbctrl.drivers.ur import UrDriver
 from mbctrl.runtime.driver import JointCommand
 robot = load_robot("ur10e")
-driver = UrDriver(robot)
+driver = UrDriver(robot, sys.argv[1])
 driver.open()
 print("open", flush=True)
 start, first, zero = driver.read().q, time.monotonic(), np.zeros(6)
@@ -638,7 +658,7 @@ while True:
 
 
 def test_the_arm_stops_itself_when_the_client_is_killed(server: Server) -> None:
-    code = [sys.executable, "-c", CLIENT]
+    code = [sys.executable, "-c", CLIENT, HOST]
     client = subprocess.Popen(code, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=HERE.parent)
     try:
         assert client.stdout.readline() == b"open\n"
@@ -651,7 +671,7 @@ def test_the_arm_stops_itself_when_the_client_is_killed(server: Server) -> None:
 
 
 def test_direct_torque_follows_too(server: Server) -> None:
-    driver = UrDriver(ROBOT, mode="torque", watchdog=2.0)
+    driver = UrDriver(ROBOT, HOST, mode="torque", watchdog=2.0)
     driver.open()
     try:
         seen = sine(driver, 500)

@@ -27,6 +27,7 @@ _VARIABLES = (
 _PATIENCE = 0.7  # [s] for each answer of the controller before the client is let loose on it
 _DRIFT = 1e-4  # of the robot's clock against the host's: the smallest delay seen is believed less as time goes by
 _STOP_WAIT = 1.0  # [s]
+_STALE, _LOST = 0.1, 0.5  # [s] of silence: the client's blocking calls would block; the link is given up
 _DECELERATION = 10.0  # [rad/s²] of servoStop
 _PLAYING, _RUNNING = 2, 7  # runtime_state, robot_mode
 _PROTECTIVE, _EMERGENCY, _NORMAL = 0b10100, 0b11100000, 0b11  # safety_status_bits: 2 and 4; 5, 6, 7; 0 and 1 (reduced)
@@ -44,8 +45,10 @@ class UrDriver(Driver):
     interpreter's lock in its hand. So numbers are checked here, health is the age of the robot's stamp, and ``open`` asks
     the controller for a data package itself before it lets the client try.
 
-    Without a command for ``1 / watchdog`` seconds the arm's program ends and the arm brakes: set at the first ``write``,
-    which takes some 6 ms for it. A command the arm does not take shows as the status of the next measurement.
+    After 2.5 s of silence the client reconnects by itself, uploads its program anew, without a watchdog, and more often
+    than not brings the process down; nothing here can keep it from that. So after half a second of silence nothing more is
+    sent: ``write`` raises, and measurements that come again are FAULT, until ``open``. Whoever runs the driver had better
+    end its process then and start another.
 
     Args:
         robot: six joints.
@@ -90,7 +93,7 @@ class UrDriver(Driver):
         self._receive: Any = None
         self._state: RobotState | None = None
         self._stamp, self._offset, self._heard = -np.inf, np.inf, 0.0  # the robot's; host minus robot, least; the host's
-        self._refused = False
+        self._refused = self._lost = False
 
     def open(self) -> None:
         """Connect, upload the client's program and wait for the first measurement; again after ``stop`` to go on.
@@ -110,14 +113,14 @@ class UrDriver(Driver):
             self._disconnect()
             raise DriverError(f"ur-rtde could not connect: {error}", key=self._host) from None
         self._state, self._stamp, self._offset = None, -np.inf, np.inf
-        self._refused = self._guarded = False
+        self._refused = self._guarded = self._lost = False
         self.read()
 
     def read(self) -> RobotState:
         """Return the newest measurement; before the first one DriverError."""
-        if self._receive is None:
-            raise DriverError("not open", key=self._host)
         arm = self._receive
+        if arm is None:
+            raise DriverError("not open", key=self._host)
         for _ in range(3):  # until no package came in between
             stamp = arm.getTimestamp()
             parts = [
@@ -126,15 +129,18 @@ class UrDriver(Driver):
             status = _status(arm.getSafetyStatusBits(), arm.getRobotMode(), arm.getRuntimeState())
             if arm.getTimestamp() == stamp:
                 break
+        now = time.monotonic()
         if stamp > self._stamp:  # an older package is not news
-            now = time.monotonic()
+            if now - self._heard > _LOST:  # nobody read, and the client may have uploaded its program again
+                self._guarded = False
             self._offset = min(self._offset + _DRIFT * (now - self._heard), now - stamp)
             self._stamp, self._heard = stamp, now
-            if self._refused and status is Status.OK:
+            if (self._refused or self._lost) and status is Status.OK:
                 status = Status.FAULT
             q, v, current, gravity = parts
             seq = 1 if self._state is None else self._state.seq + 1
             self._state = RobotState(stamp + self._offset - self._epoch, seq, q, v, current * TORQUE_PER_AMPERE, gravity, status)
+        self._lost |= self._silence() > _LOST
         if self._state is None:
             raise DriverError(f"the robot's stamp is {stamp}, expected a time", key=self._host)
         return self._state
@@ -143,6 +149,8 @@ class UrDriver(Driver):
         """Send a command; DriverError for one that is not finite or not of the mode."""
         if not command.finite():
             raise DriverError("a command that is not finite is not sent", key=self._host)
+        if self._lost:
+            raise DriverError("the robot was silent: nothing is sent until it is opened again", key=self._host)
         if self._control is None:
             raise DriverError("not open", key=self._host)
         if self._mode == "servoj":
@@ -154,23 +162,43 @@ class UrDriver(Driver):
             target = command.at(state.q, state.v)
         if not np.isfinite(target).all():
             raise DriverError("a command that is not finite is not sent", key=self._host)
+        try:
+            self._refused = not self._send(target.tolist())
+        except Exception as error:  # the client throws what its C++ throws
+            self._lost = True
+            raise DriverError(f"ur-rtde could not send: {error}", key=self._host) from None
+
+    def _silence(self) -> float:
+        """Return the age of the newest measurement [s]."""
+        return time.monotonic() - self._stamp - self._offset if self._state is not None else 0.0
+
+    def _send(self, target: list[float]) -> bool:
         if not self._guarded:
+            if self._silence() > _STALE:  # the client would wait for the answer
+                return False
             self._guarded = bool(self._control.setWatchdog(self._watchdog))
         if self._mode == "servoj":
-            taken = self._guarded and self._control.servoJ(target.tolist(), *self._servo)
-        else:
-            taken = self._guarded and self._control.directTorque(target.tolist())
-        self._refused = not taken
+            return self._guarded and self._control.servoJ(target, *self._servo)
+        return self._guarded and self._control.directTorque(target)
 
     def stop(self) -> None:
-        """Brake the arm and end its program; waits at most about a second, whatever the client does. Measurements go on."""
+        """Brake the arm and end its program; waits at most about a second, whatever the client does. Measurements go on.
+
+        An arm that says nothing is left to its own watchdog: nothing more is sent to it.
+        """
         if self._control is None:
+            return
+        self.read()
+        if self._lost or self._silence() > _STALE:
+            self._lost = True
+            _log.warning("%s: silent; its own watchdog brakes the arm", self._host)
             return
         worker = threading.Thread(target=_end, args=(self._control,), name="ur-stop", daemon=True)
         worker.start()
         worker.join(_STOP_WAIT)
         if worker.is_alive():
-            _log.warning("%s: no answer to stop; the arm's own watchdog brakes it", self._host)
+            self._lost = True
+            _log.warning("%s: no answer to stop; its own watchdog brakes the arm", self._host)
 
     def close(self) -> None:
         """Stop and disconnect; takes about a second."""
