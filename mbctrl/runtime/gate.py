@@ -26,13 +26,17 @@ class SafetyGate:
     - total torque and its rate of change are bounded;
     - a law whose terms are so large that its torque is lost in their rounding becomes a plain torque.
 
+    An arm that ``follows`` positions by a servo of its own has the finite and position rules only; its references are what
+    ``mbctrl.runtime.limiter`` keeps within speed and acceleration.
+
     Where the rules disagree the torque rate comes before speed and position: a torque can only be taken back so fast.
 
     Measurements that are not finite, or a gravity torque beyond all reason, raise DriverError: there is nothing safe to
     compute from them, the loop stops the robot.
     """
 
-    def __init__(self, robot: Robot) -> None:
+    def __init__(self, robot: Robot, follows: str = "law") -> None:
+        self.follows = follows
         limits, self._pick = robot.limits, robot.command_index
         self._low = np.asarray(limits.position_lower)[self._pick]
         self._high = np.asarray(limits.position_upper)[self._pick]
@@ -65,6 +69,8 @@ class SafetyGate:
         if (reference != command.q_ref).any() and command.stiffness.any():
             self.counts["position"] += 1
             command = replace(command, q_ref=reference)
+        if self.follows == "position":  # the torque is the robot's own affair, and there is none to bound
+            return command, self.counts.total() > before
         q, v = state.q[self._pick], state.v[self._pick]
         wanted = _torque(command, q, v, state)
         if not np.isfinite(wanted).all():  # finite numbers whose product is not

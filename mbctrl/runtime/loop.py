@@ -134,7 +134,8 @@ class ControlLoop:
     ) -> None:
         self.driver, self.port, self.clock, self.spec = driver, port, clock, spec
         self.request, self.observe, self.guard = request, observe, guard
-        self.gate, self.follower, self.counts = SafetyGate(robot), PlanFollower(spec.blend), Counts()
+        self.gate = SafetyGate(robot, driver.follows)
+        self.follower, self.counts = PlanFollower(spec.blend), Counts()
         self.period = 1 / robot.control.rate
         self._pick, self._nq, self._torque_mode = robot.command_index, robot.nq, robot.control.mode == "torque"
         self._gains = (np.asarray(robot.control.stiffness), np.asarray(robot.control.damping))
