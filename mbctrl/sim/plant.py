@@ -46,6 +46,21 @@ class Plant:
         self.law: JointCommand  # in force, a client's or the plant's own
         self.release()
 
+    def stiffen(self, times: float) -> None:
+        """Make the arm one with a position servo of its own: ``times`` as stiff as robot.yaml's impedance and as well damped.
+
+        Its torques are its own affair: how fast they change is not bounded.
+        """
+        stiffness, damping = self._gains
+        self._gains, self._step = (times * stiffness, np.sqrt(times) * damping), np.full(self.robot.nu, np.inf)
+        self._braking = None
+        self.release()
+
+    @property
+    def gains(self) -> tuple[np.ndarray, np.ndarray]:
+        """Stiffness [N·m/rad] and damping [N·m·s/rad] (nu,) it holds itself with."""
+        return self._gains
+
     @property
     def commanded(self) -> bool:
         """Whether a client's command is in force."""
@@ -89,6 +104,9 @@ class Plant:
         slower = np.sign(speed) * np.maximum(np.abs(speed) - self._deceleration * self.period, 0.0)
         self._braking = position + 0.5 * (speed + slower) * self.period, slower
         stiffness, damping = self._gains
+        if np.isinf(self._step).all():
+            self._apply(JointCommand(*self._braking, stiffness, damping, np.zeros(len(stiffness))))
+            return
         last = self.state.tau - self.state.gravity
         wanted = stiffness * (self._braking[0] - self.state.q[self._pick]) + damping * (slower - self.state.v[self._pick])
         zero = np.zeros(len(wanted))

@@ -27,6 +27,8 @@ _WATCHDOG, _END = 35, 255
 _AT_REST = 1e-2  # [rad/s]
 _LOOKAHEAD, _GAIN = (0.03, 0.2), (100.0, 2000.0)  # [s], [1], what servoj takes
 
+_STIFFER = 16.0  # times robot.yaml's impedance, critically damped as it is
+
 
 class ControlScript:
     """The uploaded program: ``start`` when its text has come, ``cycle`` in every control period.
@@ -49,8 +51,10 @@ class ControlScript:
 
     def __init__(self, plant: Plant, now: Callable[[], float] = time.monotonic) -> None:
         self._plant, self._now = plant, now
-        control, limits = plant.robot.control, plant.robot.limits
-        self._gains = np.asarray(control.stiffness), np.asarray(control.damping)
+        limits = plant.robot.limits
+        # A position servo is many times stiffer than the spring an MPC plans with: these arms repeat to 0.05 mm.
+        plant.stiffen(_STIFFER)
+        self._gains = plant.gains
         self._fastest = np.asarray(limits.velocity)
         self._zero = np.zeros(plant.robot.nu)
         self.integers, self.doubles = [0] * NUMBER_OF_REGISTERS, [0.0] * NUMBER_OF_REGISTERS  # inputs
@@ -61,6 +65,8 @@ class ControlScript:
         self._stream = self._done = self._stopping = 0  # the command in progress
         self._silence, self._fed = 0.0, 0.0  # [s], 0: no watchdog
         self._fresh = False
+        self._arguments: list[float] = []
+        self._aim = self.target
 
     def start(self) -> None:
         """Begin to run; a plant whose program the watchdog ended takes commands again."""
@@ -98,6 +104,7 @@ class ControlScript:
         command = self.integers[0]
         if command in (_SPEED, _SERVO, _TORQUE):
             self.states[STATE] = READY
+            self._arguments = list(self.doubles)  # a stream goes on with these: other commands use the same registers
             self._follow(command)
         elif command == 0:
             self._done = 0
@@ -137,7 +144,8 @@ class ControlScript:
             self._stream, self._stopping = command, 0
             self.target, self.speed = self._plant.state.q.copy(), self._plant.state.v.copy()
             if command == _SERVO:
-                self.target = np.array(self.doubles[:6])
+                self.target = np.array(self._arguments[:6])
+            self._aim = self._plant.state.q.copy()
         law = {_SERVO: self._servo, _SPEED: self._speed, _TORQUE: self._torque}[command]()
         if law is None or not law.finite():
             self.end()
@@ -146,17 +154,21 @@ class ControlScript:
         self._plant.command(law)
 
     def _servo(self) -> JointCommand | None:
-        target, lookahead, gain = np.array(self.doubles[:6]), self.doubles[9], self.doubles[10]
+        given = self._arguments
+        target, lookahead, gain = np.array(given[:6]), given[9], given[10]
         if not (_LOOKAHEAD[0] <= lookahead <= _LOOKAHEAD[1] and _GAIN[0] <= gain <= _GAIN[1] and np.isfinite(target).all()):
             return None
         period = self._plant.period
         change = (target - self.target) / period
-        self.speed = (self.speed + (change - self.speed) * min(period / lookahead, 1.0)).clip(-self._fastest, self._fastest)
+        share = min(period / lookahead, 1.0)
+        self.speed = (self.speed + (change - self.speed) * share).clip(-self._fastest, self._fastest)
         self.target = target
-        return JointCommand(target, self.speed, *self._gains, self._zero)
+        # Smoothed as lookahead says, and without lag at constant speed: a target that comes late or twice is no step.
+        self._aim = self._aim + self.speed * period + (target - self._aim) * share
+        return JointCommand(self._aim, self.speed, *self._gains, self._zero)
 
     def _speed(self) -> JointCommand | None:
-        wanted, step = np.array(self.doubles[:6]), self.doubles[6] * self._plant.period
+        wanted, step = np.array(self._arguments[:6]), self._arguments[6] * self._plant.period
         if not (step > 0 and np.isfinite(wanted).all()):
             return None
         wanted = wanted.clip(-self._fastest, self._fastest)
@@ -166,4 +178,4 @@ class ControlScript:
 
     def _torque(self) -> JointCommand | None:
         self.target = self._plant.state.q.copy()
-        return JointCommand(self._zero, self._zero, self._zero, self._zero, np.array(self.doubles[:6]))
+        return JointCommand(self._zero, self._zero, self._zero, self._zero, np.array(self._arguments[:6]))
