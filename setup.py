@@ -17,7 +17,8 @@ EXTRAS = {
     # Upper bounds are the next major version. The tests ran on Python 3.11 with the newest below them: torch 2.13, mujoco
     # 3.17, dm_control 1.0.50, pin 4.1, scipy 1.17, numpy 2.4, matplotlib 3.11, av 18.1, viser 1.1, cvxpy 1.9,
     # clarabel 0.11, pandas 3.1, pyarrow 26, mcap 1.6, mcap-ros2-support 0.6, jinja2 3.1, onnx 1.23, onnxscript 0.7,
-    # onnxruntime 1.31, ruckig 0.19, ur_rtde 1.6.5, franky-control 2.0, dynamixel-sdk 4.1; lower bounds leave room for Python 3.10. dm_control 1.0.50 breaks on mujoco 4.0 (flex_vertedge).
+    # onnxruntime 1.31, ruckig 0.19, ur_rtde 1.6.5, franky-control 2.0, dynamixel-sdk 4.1; lower bounds leave
+    # room for Python 3.10. dm_control 1.0.50 breaks on mujoco 4.0 (flex_vertedge).
     "sim": [
         "av>=14,<19",
         "dm-control>=1.0.30,<2",
@@ -73,6 +74,8 @@ EXTRAS = {
     ],
 }
 
+ALL = ("sim", "calibrate", "viewer", "export", "deploy")
+
 
 class BuildWithShare(build_py):
     """Copies the declarative folders into the built package; cleared first, so that nothing removed lives on."""
@@ -101,7 +104,7 @@ setup(
     packages=find_packages(include=["mbctrl", "mbctrl.*"]),
     package_data={"mbctrl.calibrate": ["*.j2"]},
     install_requires=["numpy>=1.26,<3", "pydantic>=2.9,<3", "pyyaml>=6,<7", "rich>=13,<16", "tyro>=0.9,<2"],
-    extras_require={**EXTRAS, "all": [need for extra in ("sim", "calibrate", "viewer", "export", "deploy") for need in EXTRAS[extra]]},
+    extras_require={**EXTRAS, "all": [need for extra in ALL for need in EXTRAS[extra]]},
     entry_points={"console_scripts": ["mbctrl = mbctrl.cli.main:main"]},
     cmdclass={"build_py": BuildWithShare},
 )
