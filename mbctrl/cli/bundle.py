@@ -96,7 +96,9 @@ def _engine(bundle: Bundle, engine: str, provider: str) -> str:
         return _missing(error)
     times = np.array(iteration_times(bundle, mpc, _TIMED)[2:]) * 1e3  # the first ones set things up
     p50, most = np.median(times), times.max()
-    return f"golden vectors to {golden_error(bundle, mpc.planner):.0e}; one iteration {p50:.1f} ms, at most {most:.1f} ms, one thread"
+    return (
+        f"golden vectors to {golden_error(bundle, mpc.planner):.0e}; one iteration {p50:.1f} ms, at most {most:.1f} ms, one thread"
+    )
 
 
 def _missing(error: ExtraError) -> str:

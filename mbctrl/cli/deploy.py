@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import select
 import sys
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from mbctrl.base.config import RunConfig, merged
-from mbctrl.base.errors import DriverError, SpecError
+from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.robot import load_robot
 from mbctrl.base.spec import import_name, load_yaml, parse_yaml, validate
 from mbctrl.runtime.bundle import Bundle, check_robot, load_bundle
@@ -31,7 +32,6 @@ DRIVERS = {
     "franka": "mbctrl.drivers.franka:FrankaDriver",
     "servo": "mbctrl.drivers.servo:ServoDriver",
 }
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 _STOPPED = 3
 
 
@@ -66,7 +66,7 @@ def deploy(
     try:
         with line.progress:
             summary = deployment.run()
-    except DriverError:
+    except (MbctrlError, KeyboardInterrupt):
         _discard(folder)
         raise
     _result(f"{bundle.resolve().name} on {driver}", checked, summary, deployment)
@@ -102,7 +102,7 @@ def _options(options: tuple[str, ...]) -> dict[str, Any]:
 
 def _ask(bundle: Bundle, driver: str, host: str, yes: bool) -> None:
     """Ask before something real moves."""
-    real = driver not in ("sim",) and host.split(":")[0] not in _LOCAL or driver == "servo"
+    real = driver == "servo" or driver not in DRIVERS or (driver != "sim" and not _here(host))
     if not real or yes:
         return
     if not sys.stdin.isatty():
@@ -110,6 +110,15 @@ def _ask(bundle: Bundle, driver: str, host: str, yes: bool) -> None:
     said = console.input(f"{bundle.robot.name} at {host} will move. Is it clear, and the emergency stop at hand? \\[y/N] ")
     if said.strip().lower() not in ("y", "yes"):
         raise SpecError("not confirmed", file="command line")
+
+
+def _here(host: str) -> bool:
+    """Return whether ``HOST`` or ``HOST:PORT`` is this machine."""
+    name = host if host.count(":") > 1 else host.partition(":")[0]
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _discard(folder: Path) -> None:

@@ -69,7 +69,9 @@ def _governor() -> str:
     if not found:
         return "cannot be read"
     said = ", ".join(sorted(found))
-    return said if found == {"performance"} else f"[yellow]{escape(said)}[/]: for steady times: cpupower frequency-set -g performance"
+    return (
+        said if found == {"performance"} else f"[yellow]{escape(said)}[/]: for steady times: cpupower frequency-set -g performance"
+    )
 
 
 def _text(path: str | Path) -> str:

@@ -50,6 +50,7 @@ class Session:
             raise SpecError(
                 f"{wanted} is not usable here; usable: {', '.join(usable())}", file="command line", key=f"--provider {provider}"
             )
+        made.disable_fallback()  # else an accelerator that fails in the middle of a run is replaced by the processor
         self.session, device = made, "cpu" if provider == "cpu" else "cuda"
         self._binding = made.io_binding()
         self.shapes = {value.name: tuple(value.shape) for value in made.get_inputs()}
