@@ -202,7 +202,8 @@ class Guard(Guarding):
 
     def _overdue(self, t: float, state: RobotState) -> float:
         """Return for how long the arm has been moving after a stop's end [s]."""
-        if self.ladder.mode is not Mode.STOP or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
+        braking = self._before is Mode.STOP and self.ladder.mode is Mode.STOP  # not a stop ordered since: its brake is to come
+        if not braking or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
             return 0.0
         duration = self.brake.duration
         end = self._stopped_at + (duration if np.isfinite(duration) else 1.0)
