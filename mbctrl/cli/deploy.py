@@ -34,6 +34,7 @@ DRIVERS = {
     "servo": "mbctrl.drivers.servo:ServoDriver",
 }
 _STOPPED = 3
+_HOLDS = 4  # more than these are counted, not listed
 
 
 def deploy(
@@ -72,6 +73,9 @@ def deploy(
         _discard(folder)
         raise
     _result(f"{bundle.resolve().name} on {driver}", checked, summary, deployment)
+    if len(summary["latencies"]) and summary["late"] > 0.1 * summary["plans"]:
+        advice = "the planner cannot keep its rate here: --engine kernel is many times quicker, an export with fewer samples too"
+        console.print(f"[bold yellow]{advice}[/]")
     console.print(f"log: {folder / LOG}, shown by: mbctrl replay {folder / LOG}", highlight=False)
     if (folder / BLACK_BOX).exists():
         console.print(f"the last seconds before the stop: {folder / BLACK_BOX}", highlight=False)
@@ -217,9 +221,14 @@ def _rows(bundle: Bundle, s: dict[str, Any], deployment: Deployment) -> list[tup
         rows.append(("plans refused", _counts(s["rejected"])))
     if deployment.restarts:
         rows.append(("planner restarts", str(len(deployment.restarts))))
+    held = sum(after == "HOLD" for _, _, after, _, _ in s["changes"])
     for t, before, after, reason, fault in s["changes"]:
+        if held > _HOLDS and "HOLD" in (before, after) and t > 0:
+            continue
         mark = f"[bold yellow]{t:.3f} s: {before} -> {after}, {reason}[/]" if fault else f"{t:.3f} s: {before} -> {after}, {reason}"
         rows.append(("ladder", mark))
+    if held > _HOLDS:
+        rows.append(("ladder", f"[bold yellow]held {held} times for want of a plan; {LOG} has them all[/]"))
     return rows
 
 

@@ -50,7 +50,7 @@ def build_planner(
         from mbctrl.runtime.onnx_planner import OnnxPlanner, OnnxRollout
 
         planner = OnnxPlanner(bundle, rule, knots, sigma, provider, threads or 1)
-        mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle))
+        mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle), step=config.dynamics.dt / 2)
     worst = golden_error(bundle, mpc.planner)
     if not worst <= COST_TOLERANCE:
         raise BundleError(

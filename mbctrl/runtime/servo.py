@@ -141,7 +141,7 @@ class Servo:
                 self.loop.run(self.config.duration + _ENDING)
         finally:
             self.driver.stop()
-            if any(change.fault for change in self._changes()):
+            if any(change.fault and change.after >= Mode.STOP for change in self._changes()):
                 self._dump()
             recorder.close()
             if not self._armed:  # nothing happened that a log could tell of
