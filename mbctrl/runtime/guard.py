@@ -133,6 +133,8 @@ class Guard(Guarding):
 
     def arm(self, t: float) -> list[str]:
         """Leave SAFE or STOP at ``t`` [s], by a person's word; return why not, one text each."""
+        if self.ladder.mode < Mode.STOP:
+            return []  # armed: to begin anew from the measured position would be a step in the references
         refused = self.refusals()
         state = self.found.reading.state if self.found.reading is not None else None
         refused = list(dict.fromkeys(self.ladder.rearm(t, state, refused)))
@@ -218,7 +220,8 @@ class Guard(Guarding):
             self.brake.start(t, state.q[self._pick], state.v[self._pick])
 
     def _stopping(self, t: float) -> JointCommand:
-        command = self.brake.command(t, self._gravity(), self.ladder.compliant)
+        # Where positions are followed, giving way has no meaning: its references are none.
+        command = self.brake.command(t, self._gravity(), self.ladder.compliant and not self._position)
         # A plan's spring law damps against rest: so does the stop, or its damping torque would jump.
         return command if self._position or not self._impedance else replace(command, v_ref=np.zeros(self.robot.nu))
 
