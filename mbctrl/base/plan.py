@@ -108,9 +108,11 @@ class PlanFollower:
         """Put ``plan`` in force at time ``t`` [s]."""
         smooth = self.plan is not None and self.blend > 0
         self._offset = self.command(t) - plan.command(t) if smooth else None
+        jump = None
         if smooth and plan.x is not None and self.plan.x is not None:
             before, after = self.joints(t), plan.joints(t)
-            self._joints = before[0] - after[0], before[1] - after[1]
+            jump = before[0] - after[0], before[1] - after[1]
+        self._joints = jump
         self.plan, self._switched = plan, t
 
     def command(self, t: float) -> np.ndarray:

@@ -134,6 +134,8 @@ class Guard(Guarding):
 
     def arm(self, t: float) -> list[str]:
         """Leave SAFE or STOP at ``t`` [s], by a person's word; return why not, one text each."""
+        if self.ladder.mode < Mode.STOP:
+            return []  # armed: to begin anew from the measured position would be a step in the references
         if self._newest is not None:  # the arm is where it now says it is
             self.sensors.reset()
             self.found.reading = self.sensors(*self._newest)
@@ -222,7 +224,8 @@ class Guard(Guarding):
             self.brake.start(t, state.q[self._pick], state.v[self._pick])
 
     def _stopping(self, t: float) -> JointCommand:
-        command = self.brake.command(t, self._gravity(), self.ladder.compliant)
+        # Where positions are followed, giving way has no meaning: its references are none.
+        command = self.brake.command(t, self._gravity(), self.ladder.compliant and not self._position)
         # A plan's spring law damps against rest: so does the stop, or its damping torque would jump.
         return command if self._position or not self._impedance else replace(command, v_ref=np.zeros(self.robot.nu))
 
