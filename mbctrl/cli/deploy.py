@@ -204,6 +204,8 @@ def _rows(bundle: Bundle, s: dict[str, Any], deployment: Deployment) -> list[tup
     if s["errors"] and math.isfinite(s["errors"][0][1]):
         held = ", ".join(f"{p * 1e3:.1f} mm {math.degrees(r):.2f} deg" for p, r in s["errors"])
         rows.append(("error when held", held))
+    if math.isfinite(s["tracking"]):
+        rows.append(("tracking error", f"RMS {s['tracking'] * 1e3:.1f} mm after the first lap"))
     latencies, lateness = s["latencies"], s["lateness"]
     if len(latencies):
         p50, p99 = np.percentile(latencies, [50, 99]) * 1e3

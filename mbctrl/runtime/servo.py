@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import DriverError, MbctrlError, SpecError
 from mbctrl.base.plan import PlanRequest
+from mbctrl.base.scene import FigureEightGoal
 from mbctrl.runtime.bundle import Bundle, load_bundle
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState
 from mbctrl.runtime.guard import Guard, GuardSettings
@@ -111,6 +113,7 @@ class Servo:
         self.status, self._orders = Mailbox(job.folder / "status", STATUS), Mailbox(job.folder / "orders", ORDERS)
         self.progress = Progress(self.config.goal)
         self._record = np.zeros((), record_dtype(self.robot))
+        self._squares, self._followed = 0.0, 0
         self._told, self._rearmed, self._finished = 0, 0, 0.0
         self._best, self._best_at, self._stalled = np.inf, 0.0, -1
         self._trouble = self._armed = False
@@ -199,6 +202,7 @@ class Servo:
         if seen is not None:
             self.progress.update(t, tick.state.q, (seen.position, seen.rotation))
             self._stall(t)
+            self._track(t)
         if self.config.obstacles:
             self.watch.obstacles([obstacle.at(t)[0] for obstacle in self.config.obstacles])
         if self.loop.counts.ticks % _LOOKS == 0:
@@ -234,6 +238,13 @@ class Servo:
             self.recorder.event(
                 t, "warning", f"NO_PROGRESS: {progress.position_error * 1e3:.1f} mm from target {progress.index + 1}"
             )
+
+    def _track(self, t: float) -> None:
+        """Sum up how far the tool is from a moving target, after the first lap and while plans are followed."""
+        goal = self.config.goal
+        if isinstance(goal, FigureEightGoal) and t > goal.lap and self.guard.ladder.mode is Mode.RUN:
+            self._squares += self.progress.position_error**2
+            self._followed += 1
 
     def _look(self, t: float) -> None:
         """What need not be done every period: the parent, its orders, the log's health, the status."""
@@ -284,6 +295,7 @@ class Servo:
             "targets": progress.count,
             "position_error": progress.position_error,
             "rotation_error": progress.rotation_error,
+            "tracking": math.sqrt(self._squares / self._followed) if self._followed else float("nan"),
             "ticks": counts.ticks,
             "missed": counts.missed,
             "held": counts.held,
