@@ -124,6 +124,10 @@ WRONG = {
     "a key for another protocol": (["sim", "arm2", "--protocol", "ur", "--key-file", "k"], ["key_file", "ur"]),
     "an export of nothing": (["export", "nobody"], ["nobody", "panda_reach_sim"]),
     "an export onto something": (["export", "panda_reach_sim", "-o", "BUNDLE"], ["exists already"]),
+    "an export to where nothing can be": (
+        ["export", "arm2_swingup_sim", "-o", "/proc/nothing/new"],
+        ["/proc/nothing/new", "cannot be written"],
+    ),
     "a planner without a graph": (["export", "arm2_swingup_sim", "--planner.noise", "sobol", "-o", "new"], ["planner.noise"]),
 }
 
