@@ -162,7 +162,7 @@ def test_a_wrong_log_is_one_line(here: Path, capsys: pytest.CaptureFixture) -> N
         said = complaint(["calibrate", "recipe.yaml", "bad.csv", "--out", "out"], capsys)
         assert "bad.csv" in said and expected in said and ("column 'q2'" in said or "column 3" in said), said
     assert "nowhere.csv: no such file" in complaint(["calibrate", "recipe.yaml", "nowhere.csv", "--out", "out"], capsys)
-    assert "unknown calibration 'nothing'" in complaint(["calibrate", "nothing", "monday.csv", "--out", "out"], capsys)
+    assert "unknown recipe 'nothing'" in complaint(["calibrate", "nothing", "monday.csv", "--out", "out"], capsys)
     assert "--mass" in complaint(["payload", "recipe.yaml", "monday.csv", "loaded.csv", "--mass", "-1"], capsys)
 
 

@@ -82,14 +82,15 @@ def answered(port: MailboxPort, limit: float = 30.0) -> Plan:
 
 
 def test_a_planner_killed_and_started_again_answers_again(started, bundle: Path, tmp_path: Path) -> None:
-    port = MailboxPort(tmp_path, Sizes.of(load_bundle(bundle)), patience=5.0)
+    sizes = Sizes.of(load_bundle(bundle))
+    rows, port = sizes.steps + 1, MailboxPort(tmp_path, sizes, patience=5.0)
     assert not port.ready and port.alive and not port.busy
     first = started(1)
     assert first.said() is None and port.ready
     port.submit(asked())
     plan = answered(port)
-    assert (plan.seq, plan.stamp, len(plan.u)) == (_GENERATION + 1, 0.5, 11) and np.isfinite(plan.x).all()
-    assert plan.fan.shape == (1, 11, 3) and plan.info["nonfinite"] == 0
+    assert (plan.seq, plan.stamp, len(plan.u)) == (_GENERATION + 1, 0.5, rows) and np.isfinite(plan.x).all()
+    assert plan.fan.shape == (1, rows, 3) and plan.info["nonfinite"] == 0
     assert port.poll(0.0) is None and not port.busy, "once"
     port.submit(asked(0.6, latency=0.02, following=Following(plan.seq, 0.5, None)))
     assert answered(port).seq == _GENERATION + 2

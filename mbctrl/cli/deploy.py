@@ -6,6 +6,7 @@ import inspect
 import ipaddress
 import math
 import select
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -66,12 +67,15 @@ def deploy(
     job = ServoJob(bundle.resolve(), Path(), folder.resolve(), config, make, given, realtime, seal=checked.seal)
     line = _Line(config)
     deployment = Deployment(job, Settings(engine, provider, threads), line, lambda text: console.print(text, markup=False))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's word is a Ctrl-C
     try:
         with line.progress:
             summary = deployment.run()
     except (MbctrlError, KeyboardInterrupt):
         _discard(folder)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _result(f"{bundle.resolve().name} on {driver}", checked, summary, deployment)
     if len(summary["latencies"]) and summary["late"] > 0.1 * summary["plans"]:
         advice = "the planner cannot keep its rate here: --engine kernel is many times quicker, an export with fewer samples too"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mbctrl.base.errors import ExtraError, SpecError
 from mbctrl.runtime.logfile import Recording, read_recording
+from mbctrl.runtime.servo import LOG
 
 console = Console()
 _EVENTS = 12  # on the screen
@@ -18,7 +19,7 @@ _COLOURS = {"warning": "yellow", "error": "red"}
 
 
 def replay(path: str | Path) -> int:
-    """Print a log's result screen and write plots.png beside it; return the exit code.
+    """Print a log's result screen and draw a figure beside it (plots.png, NAME_plots.png of another name); return the exit code.
 
     Errors:
         SpecError: naming the file, where it is no log.
@@ -29,15 +30,16 @@ def replay(path: str | Path) -> int:
     if not len(recording.topics.get("/state", {}).get("t", ())):
         raise SpecError("has no measurement in it", file=path)
     console.print(_screen(recording, path))
+    figure = path.with_name("plots.png" if path.name == LOG else f"{path.stem}_plots.png")
     try:
         from mbctrl.report.recording import plot_recording
 
-        plot_recording(recording, path.with_name("plots.png"), f"{recording.header.get('robot', '')}, {path.name}")
-        console.print(f"wrote {path.with_name('plots.png')}", highlight=False, markup=False, soft_wrap=True)
+        plot_recording(recording, figure, f"{recording.header.get('robot', '')}, {path.name}")
+        console.print(f"wrote {figure}", highlight=False, markup=False, soft_wrap=True)
     except ExtraError as error:
-        console.print(f"[yellow]no plots.png:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]no figure:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     except OSError as error:
-        console.print(f"[yellow]no plots.png:[/] {escape(str(error.strerror or error))}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]no figure:[/] {escape(str(error.strerror or error))}", highlight=False, soft_wrap=True)
     return 0
 
 

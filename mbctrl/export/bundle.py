@@ -24,7 +24,7 @@ from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
 from mbctrl.dynamics.load import Model
 from mbctrl.export.graph import OPSET
-from mbctrl.export.planner import FIGURES, PlannerGraphs
+from mbctrl.export.planner import FIGURES, PlannerGraphs, refuse
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
 from mbctrl.kernels.watch import trace_watch
 from mbctrl.planning.compiled import drive_of, term_factors, traced_residual
@@ -81,6 +81,8 @@ def export_bundle(
     if config.dynamics.backend == "mujoco":
         plain = config.dynamics
     controller = MpcController(config.model_copy(update={"dynamics": plain}), model, file)
+    refuse(controller)
+    _write(folder, None)
     graphs = PlannerGraphs(controller, say)
     say("tracing rollouts")
     made = graphs.models()
@@ -100,11 +102,14 @@ def export_bundle(
     return Written(folder, {name: len(data) for name, data in contents.items()}, made.nodes)
 
 
-def _write(folder: Path, contents: dict[str, bytes]) -> None:
+def _write(folder: Path, contents: dict[str, bytes] | None) -> None:
+    """Write a bundle's files and put them in place in one move; None: only find out whether that can be done."""
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        if contents is None:
+            return
         for name, data in contents.items():
             (temporary / name).write_bytes(data)
         temporary.chmod(0o755)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _PANELS = (
     ("tau", "torque", "joint torque [N·m]"),
 )
 _MOST = 5000  # points a line
+_TOLD = 5  # faults told in words
 
 
 def plot_recording(recording: Recording, path: Path, title: str) -> None:
@@ -40,7 +41,9 @@ def plot_recording(recording: Recording, path: Path, title: str) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 10.0), dpi=120, layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        figure.suptitle(f"{title}   (solid: measured, dashed: sent)", x=0.012, ha="left", fontweight="bold")
+        figure.suptitle(
+            f"{title}   (solid: measured; dashed: sent references, feed-forward torque)", x=0.012, ha="left", fontweight="bold"
+        )
         stack = figure.subplots(len(_PANELS) + 1, 1, sharex=True, height_ratios=(3, 3, 3, 1))
         for axes, (measured, asked, label) in zip(stack, _PANELS):
             names = joints if measured != "tau" else actuated
@@ -53,21 +56,7 @@ def plot_recording(recording: Recording, path: Path, title: str) -> None:
         if handles:
             stack[0].legend(handles[: len(joints)], labels[: len(joints)], loc="center left", bbox_to_anchor=(1.0, 0.5))
         _modes(stack[-1], recording)
-        for event in recording.events:
-            if event["level"] == "error":
-                for axes in stack:
-                    axes.axvline(event["t"], color=ALARM, lw=0.8)
-                stack[-1].annotate(
-                    event["text"],
-                    (event["t"], 0),
-                    (-3, 2),
-                    textcoords="offset points",
-                    ha="right",
-                    va="bottom",
-                    fontsize=6.5,
-                    color=ALARM,
-                    rotation=0,
-                )
+        _faults(stack, [event for event in recording.events if event["level"] == "error"])
         with replacing(path) as temporary, open(temporary, "wb") as file:
             canvas.print_png(file)
 
@@ -79,6 +68,16 @@ def _lines(axes: Axes, columns: dict[str, np.ndarray], name: str, names: Sequenc
     for j, joint in enumerate(names[: columns[name].shape[1]]):
         colour = COLOURS[joints.index(joint) % len(COLOURS)] if joint in joints else COLOURS[j % len(COLOURS)]
         axes.plot(columns["t"][::every], columns[name][::every, j], style, color=colour, label=joint, lw=1.0)
+
+
+def _faults(stack: Sequence[Axes], faults: list[dict[str, Any]]) -> None:
+    """Mark faults by a line in every panel, and say what the last ones were, one below the other."""
+    for fault in faults:
+        for axes in stack:
+            axes.axvline(fault["t"], color=ALARM, lw=0.8)
+    for row, fault in enumerate(faults[-_TOLD:]):
+        text = f"{fault['t']:.3f} s  {fault['text']}"
+        stack[-1].text(0.01, 0.95 - row / _TOLD, text, transform=stack[-1].transAxes, va="top", fontsize=7.0, color=ALARM)
 
 
 def _modes(axes: Axes, recording: Recording) -> None:
