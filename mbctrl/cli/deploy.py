@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import select
 import sys
 from datetime import datetime
@@ -31,7 +32,7 @@ DRIVERS = {
     "franka": "mbctrl.drivers.franka:FrankaDriver",
     "servo": "mbctrl.drivers.servo:ServoDriver",
 }
-_LOCAL = ("127.0.0.1", "localhost", "::1")
+_LOCAL = re.compile(r"127\.[0-9.]+|localhost|::1")
 _STOPPED = 3
 
 
@@ -102,7 +103,7 @@ def _options(options: tuple[str, ...]) -> dict[str, Any]:
 
 def _ask(bundle: Bundle, driver: str, host: str, yes: bool) -> None:
     """Ask before something real moves."""
-    real = driver not in ("sim",) and host.split(":")[0] not in _LOCAL or driver == "servo"
+    real = driver not in ("sim",) and _LOCAL.fullmatch(host.split(":")[0]) is None or driver == "servo"
     if not real or yes:
         return
     if not sys.stdin.isatty():
