@@ -56,7 +56,7 @@ STANDSTILL = 1.5  # [s]
 # two commands, and the more of them are late the more. A UR's torques are its own servo's affair.
 RATE = {"link": 3.0, "franka": 1.25, "ur": np.inf}
 
-_ATTEMPTS, _STALL = 3, 0.012  # [s]
+_ATTEMPTS, _STALL = 2, 0.015  # [s]
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 

@@ -113,10 +113,10 @@ class SafetyGate:
             self.counts["torque"] += 1
             total = bounded
         elapsed = 0.0 if self._last is None else now - self._last_stamp
-        news = state.stamp - self._measured
+        news = state.stamp - self._measured  # as much as elapsed where every measurement is of now
         if self._last is None:  # the first command: nothing is known of the time before
             last = state.tau
-        elif elapsed < 1.5 * self._period and 0.5 * self._period < news < 1.5 * self._period:
+        elif elapsed < 1.5 * self._period and (news == elapsed or 0.5 * self._period < news < 1.5 * self._period):
             last = self._total
         else:
             # The robot's law went on while the loop, or the measurements, were away; a jump from where it is now is felt at
