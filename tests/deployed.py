@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,22 +15,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from link_bench import SimProcess
+from link_bench import SPAWN, SimProcess
 
 from mbctrl.base.config import RunConfig, merged
 from mbctrl.base.errors import MbctrlError
 from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import import_name, validate
 from mbctrl.cli.deploy import DRIVERS
+from mbctrl.cli.sim import PROTOCOLS
+from mbctrl.dynamics.load import load_model
 from mbctrl.runtime.bundle import load_bundle
 from mbctrl.runtime.deploy import Deployment, Settings
+from mbctrl.runtime.driver import JointCommand
+from mbctrl.runtime.guard import GuardSettings
 from mbctrl.runtime.ladder import Mode
 from mbctrl.runtime.port import Boxes, Sizes
 from mbctrl.runtime.servo import ServoJob
+from mbctrl.sim.plant import Plant
+from mbctrl.sim.server import serve
 from mbctrl.sim.server_log import Judgement, ServerLog, judge, read_server_log
 
 ROBOTS = {"link": "panda", "ur": "ur10e", "franka": "panda"}
@@ -119,15 +129,17 @@ def deploy(
     when: float = 0.6,
     done: Callable[[Any, Run], bool] | None = None,
     duration: float = 6.0,
-    config: dict[str, Any] | None = None,
+    hold: float = 5.0,
     **options: Any,
 ) -> Run:
     """Run ``bundle`` on ``arm`` to the end; the log is read when the robot has come to its own end."""
     out.mkdir()
     loaded = load_bundle(bundle)
-    settings = validate(RunConfig, merged(loaded.config.model_dump(), {"duration": duration, **(config or {})}), bundle)
+    settings = validate(RunConfig, merged(loaded.config.model_dump(), {"duration": duration}), bundle)
     make = import_name(DRIVERS[protocol], DRIVERS, file="test", key="driver")
-    job = ServoJob(bundle, Path(), out, settings, make, {"host": arm.host, **options}, seal=loaded.seal)
+    job = ServoJob(
+        bundle, Path(), out, settings, make, {"host": arm.host, **options}, guard=GuardSettings(hold=hold), seal=loaded.seal
+    )
     run = Run(None, protocol, robot=loaded.robot)
     watch = Watch(run, act, when, done)
     run.deployment = Deployment(job, Settings(threads=1), watch, run.said.append)
@@ -229,17 +241,15 @@ class Impostor:
             pass
 
 
-def open_sockets(pids: list[int]) -> list[tuple[str, str]]:
-    """Return (protocol, local address) of every internet socket these processes have that is not connected to loopback only."""
+def listening(pids: list[int]) -> list[tuple[str, str]]:
+    """Return (protocol, local address) of every internet socket these processes have: listening, connected or datagram."""
     inodes = set()
     for pid in pids:
         try:
-            for each in Path(f"/proc/{pid}/fd").iterdir():
-                target = os.readlink(each)
-                if target.startswith("socket:["):
-                    inodes.add(target[8:-1])
+            links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
         except OSError:
             continue  # gone meanwhile
+        inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
     found = []
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         table = Path(f"/proc/net/{kind}")
@@ -251,13 +261,55 @@ def open_sockets(pids: list[int]) -> list[tuple[str, str]]:
 
 
 def _address(text: str) -> str:
+    """Return an address of /proc/net: words of 32 bits, each in the machine's own order."""
     raw = bytes.fromhex(text.split(":")[0])
-    words = [raw[i : i + 4][::-1] for i in range(0, len(raw), 4)]  # each word in the machine's order
-    import ipaddress
-
-    return str(ipaddress.ip_address(b"".join(words)))
+    whole = b"".join(raw[i : i + 4][:: 1 if sys.byteorder == "big" else -1] for i in range(0, len(raw), 4))
+    return str(ipaddress.ip_address(whole))
 
 
-def small(name: str) -> str:
-    """Return the robot's file, for tests that change a copy of it."""
-    return str(load_robot(name).path)
+def copy_of_robot(name: str, folder: Path, home: tuple[float, ...] | None = None, mass: float = 0.0) -> str:
+    """Return the file of a robot like ``name`` that starts elsewhere, or has ``mass`` [kg] more in its last body."""
+    shutil.copytree(Path(load_robot(name).path).parent, folder)
+    file = folder / "robot.yaml"
+    if home is not None:
+        file.write_text(re.sub(r"(?m)^home: \[.*?\]", f"home: [{', '.join(map(str, home))}]", file.read_text()))
+    if mass:
+        (model,) = folder.glob("*.xml")
+        head, mark, tail = model.read_text().rpartition(' mass="')
+        number, quote, rest = tail.partition('"')
+        model.write_text(head + mark + str(float(number) + mass) + quote + rest)
+    return str(file)
+
+
+class Restless(Plant):
+    """An arm that swings its first joint about by itself while nobody commands it."""
+
+    def _brake(self) -> None:
+        stiffness, damping = self.gains
+        reference = self._braking[0].copy()
+        reference[0] += 0.2 * np.sin(2 * np.pi * self.ticks * self.period)
+        zero = np.zeros(len(reference))
+        self._apply(JointCommand(reference, zero, stiffness, damping, zero))
+
+
+@contextmanager
+def restless(protocol: str, log: Path) -> Iterator[SimProcess]:
+    """Run a Restless robot behind a protocol, as ``server`` does."""
+    host, (pipe, theirs) = free_host(protocol), SPAWN.Pipe()
+    arm = object.__new__(SimProcess)
+    arm.log, arm.process = log, SPAWN.Process(target=_restless, args=(theirs, protocol, host, log), daemon=True)
+    arm.process.start()
+    try:
+        assert pipe.poll(60), "the server did not come up"
+        arm.host = pipe.recv() or host
+        yield arm
+    finally:
+        arm.stop()
+
+
+def _restless(pipe: Any, protocol: str, host: str, log: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    model = load_model(ROBOTS[protocol])
+    module, _, name = PROTOCOLS[protocol].partition(":")
+    wire = getattr(import_module(module), name)(Restless(model.mj, model.robot), host)
+    serve(wire, log, ready=lambda: pipe.send("{}:{}".format(*wire.address) if protocol == "link" else None))

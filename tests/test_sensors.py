@@ -50,6 +50,16 @@ def test_good_measurements_are_used_as_they_are() -> None:
     assert all(reading.state is state for reading, state in zip(readings, states))
 
 
+def test_a_jump_that_stays_does_not_become_true_with_time() -> None:
+    """In 0.1 s the joint could have moved that far: what was doubted would be taken for good, and acted upon."""
+    check = warm()
+    readings = judge([off(at(k), 1, at(k).q[1] + 0.05) for k in range(10, 300)], check, 10)
+    assert {reading.verdict for reading in readings[2:]} == {Verdict.FAULTY} and {reading.fault for reading in readings} == {2}
+    assert check(at(300), 300 * DT).verdict is Verdict.FAULTY, "coming back says no more than leaving did"
+    check.reset()
+    assert check(at(301), 301 * DT).verdict is Verdict.GOOD
+
+
 @pytest.mark.parametrize("part", ["q", "v", "tau", "gravity"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_held_twice_and_then_faulty(part: str, value: float) -> None:

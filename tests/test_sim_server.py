@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,6 +61,7 @@ def usual_priority(monkeypatch):
         ("jump=-0.3@1:1.1", Fault("jump", 1.0, 1.1, -0.3)),
         ("nan@1e-1", Fault("nan", 0.1)),
         ("estop@2:3", Fault("estop", 2.0, 3.0)),
+        ("push=-80@1:2", Fault("push", 1.0, 2.0, -80.0)),
         (" kill@4 ", Fault("kill", 4.0)),
     ],
 )
@@ -84,6 +86,7 @@ def test_a_fault_is_read(text, fault):
         ("drop=1.5@1", "probability"),
         ("delay=0@1", "seconds over 0"),
         ("jump=0@1", "radians"),
+        ("push=0@1", "newtons"),
         ("kill@1:2", "no END"),
         ("FREEZE@1", "KIND"),
     ],
@@ -278,6 +281,19 @@ def test_an_emergency_stop_halts_refuses_and_ends(model, tmp_path):
     before = ServerLog(**{**vars(log), **{k: v[stopping] for k, v in vars(log).items() if isinstance(v, np.ndarray)}})
     verdict = judge(before, model.robot, log.injected_at)
     assert 0 < verdict.standstill < 0.3 and verdict.violations == 0 and verdict.effort_rate <= 1
+
+
+def test_a_push_moves_the_tool_and_ends(model, tmp_path):
+    wire = Scripted(model, lambda wire, period: push(wire, 0.0))
+    served = serve(wire, tmp_path / "log", Faults([parse_fault("push=60@0.05:0.3")]), 0.8)
+    log = read_server_log(tmp_path / "log")
+    assert served.halts == [] and np.abs(log.v[~log.fault & (log.t < log.injected_at)]).max() < 1e-3
+    data, places = mujoco.MjData(model.mj), []
+    for row in (log.q[np.argmax(log.fault) - 1], log.q[log.fault][-1], log.q[-1]):
+        data.qpos[:] = row
+        mujoco.mj_kinematics(model.mj, data)
+        places.append(data.site_xpos[mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_SITE, model.robot.tool)][0])
+    assert places[1] > places[0] + 0.005 and abs(places[2] - places[0]) < 0.2 * (places[1] - places[0])
 
 
 def test_a_robot_that_stops_by_itself_keeps_its_torque_rate(model):

@@ -236,7 +236,7 @@ class Sim:
     """Put a simulated robot behind a real wire protocol, in a process of its own, with faults on request.
 
     Faults are KIND[=VALUE]@START[:END], times [s] from the first motion command: freeze, drop=share, delay=s, reorder,
-    duplicate, nan, jump=rad, estop, pstop, kill.
+    duplicate, nan, jump=rad, estop, pstop, push=N (on the tool, along x), kill.
 
     For example:
 

@@ -70,7 +70,10 @@ class Mpc:
         if self._state is None:
             self._state = self.planner.initial(self._array(u_before), t0, self.config.seed)
         self._state, result = self.planner.plan(self._state, self._array(x), self.parameters(request, u_before), t0)
-        return self._packed(request, x, t0, result, cpu)
+        plan = self._packed(request, x, t0, result, cpu)
+        if not np.isfinite(result.figures.best):  # every candidate diverged: the next plan starts from the command in force
+            self._state = None
+        return plan
 
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
         knots = host(result.knots).astype(float)

@@ -48,7 +48,7 @@ class SafetyGate:
         self._period = 1 / robot.control.rate
         self._last: JointCommand | None = None
         self._total = np.zeros(robot.nu)
-        self._last_stamp = 0.0
+        self._last_stamp = self._measured = 0.0
         self.counts: Counter[str] = Counter()
 
     def hold(self, state: RobotState) -> JointCommand:
@@ -81,7 +81,7 @@ class SafetyGate:
         total = self._within(q, v, wanted, state, now)
         if total is not wanted:
             command = self._shifted(command, q, v, state, total)
-        self._last, self._total, self._last_stamp = command, total, now
+        self._last, self._total, self._last_stamp, self._measured = command, total, now, state.stamp
         return command, self.counts.total() > before
 
     def _shifted(self, command: JointCommand, q: np.ndarray, v: np.ndarray, state: RobotState, total: np.ndarray) -> JointCommand:
@@ -113,11 +113,14 @@ class SafetyGate:
             self.counts["torque"] += 1
             total = bounded
         elapsed = 0.0 if self._last is None else now - self._last_stamp
+        news = state.stamp - self._measured  # as much as elapsed where every measurement is of now
         if self._last is None:  # the first command: nothing is known of the time before
             last = state.tau
-        elif elapsed < 1.5 * self._period:
+        elif elapsed < 1.5 * self._period and (news == elapsed or 0.5 * self._period < news < 1.5 * self._period):
             last = self._total
-        else:  # the robot's law went on while the loop was away; a jump from where it is now is felt at once
+        else:
+            # The robot's law went on while the loop, or the measurements, were away; a jump from where it is now is felt at
+            # once. What only the measurements caught up with is none, and must not be made one by taking it back.
             last = np.nan_to_num(_torque(self._last, q, v, state))
         last = last.clip(-self._effort, self._effort)
         step = self._rate * min(max(elapsed, 1e-4), self._period)

@@ -20,6 +20,8 @@ from mbctrl.runtime.sensors import Reading, SensorCheck, SensorSettings, Verdict
 from mbctrl.runtime.watch import ArmWatch, Seen
 
 _REST = 0.02  # [rad/s]
+_SPEED_SHARE = 0.95  # of the velocity limits for references: an arm that follows them overshoots a little
+_FIRM = 20.0  # [rad/s²], for references to an arm that follows positions and names no limit: none could follow a step of speed
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class GuardSettings:
     plan_clearance: float = 0.005
     clearance: float = 0.0
     contact: float = 0.25
-    hold: float = 2.0
+    hold: float = 5.0
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Guard(Guarding):
         self._impedance = robot.control.mode == "impedance"
         self._pick, self._period = robot.command_index, 1 / robot.control.rate
         self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
-        self.limiter = Limiter(robot) if self._impedance else None
+        self.limiter = Limiter(_modest(robot, self._position)) if self._impedance else None
         self.contact: ContactObserver | None = None
         if watch is not None and self._senses and settings.contact > 0 and robot.nu == robot.nq:
             limits = settings.contact * np.asarray(robot.limits.effort)
@@ -81,6 +83,7 @@ class Guard(Guarding):
         self._before, self._clamped, self._stopped_at = Mode.SAFE, 0.0, 0.0
         self.furthest = 0.0
         self._holding_since: float | None = None
+        self._running_since = 0.0
         self._touched = ""
         self._newest: tuple[RobotState, float] | None = None
 
@@ -169,6 +172,8 @@ class Guard(Guarding):
         else:
             self._holding_since = None
         self._before = mode
+        if mode is Mode.RUN and before is not Mode.RUN:
+            self._running_since = t
         if mode is Mode.SAFE:
             return None
         if mode is not before and mode in (Mode.HOLD, Mode.STOP):
@@ -182,7 +187,7 @@ class Guard(Guarding):
         self.found.limited = limited.kinds
         if mode is Mode.RUN:
             self.furthest = max(self.furthest, float(np.abs(limited.q - reference).max()))
-        self._clamped = limited.lasting if limited.persistent else 0.0
+        self._clamped = min(limited.lasting, t - self._running_since) if limited.persistent else 0.0
         zero = np.zeros(self.robot.nu)
         v_ref = limited.v if self._position else zero  # the plan's spring law damps against rest
         return JointCommand(limited.q, v_ref, *self._gains, wanted.torque if mode is Mode.RUN else zero)
@@ -232,6 +237,15 @@ class Guard(Guarding):
     def _gravity(self) -> np.ndarray | None:
         seen = self.found.seen
         return None if seen is None or self.robot.control.gravity_compensation else seen.gravity[self._pick]
+
+
+def _modest(robot: Robot, position: bool) -> Robot:
+    """Return the robot with the limits references are kept to, so that the arm keeps to its own."""
+    limits = robot.limits
+    changes: dict[str, tuple[float, ...]] = {"velocity": tuple(_SPEED_SHARE * speed for speed in limits.velocity)}
+    if position and limits.acceleration is None:
+        changes["acceleration"] = (_FIRM,) * robot.nq
+    return robot.model_copy(update={"limits": limits.model_copy(update=changes)})
 
 
 def _bridging(robot: Robot) -> SensorSettings:
