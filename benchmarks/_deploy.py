@@ -1,4 +1,4 @@
-"""Deployed planners as a user has them: cold starts, runs against simulated robots, what their processes hold and how late they are."""
+"""Deployed planners as a user has them: cold starts, runs against simulated robots, and what those leave to look at."""
 
 from __future__ import annotations
 
@@ -122,16 +122,19 @@ def burning(count: int) -> Iterator[None]:
 
 @dataclass
 class Deployed:
-    """A run: its ``summary``, what its robot's server logged, and where planner and control met.
+    """A run: its ``summary`` and what its robot's server logged.
 
-    ``armed`` [s] from ``Deployment()`` to the control loop's first period (known to 20 ms); ``held`` [MiB] resident, by process.
+    ``armed`` [s] from ``Deployment()`` to the control loop's first period (known to 20 ms), ``held`` [MiB] resident by process,
+    ``sent`` (T,) [s] the age of the measurement a command was computed from when its control period began, ``taken`` (M,) [s]
+    when the robot took it.
     """
 
     summary: dict[str, Any]
     server: ServerLog
     armed: float
     held: dict[str, float] = field(default_factory=dict)
-    ages: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    sent: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    taken: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def deployed(
@@ -156,8 +159,9 @@ def deployed(
             if fault:
                 say(f"{bundle.robot.name} over {protocol}: {t:.3f} s: {before} -> {after}, {reason}")
         server = read_server_log(folder / "server.bin")
-        ages = command_ages(read_recording(folder / LOG).topics, server)
-        return Deployed(summary, server, watch.armed - start, watch.held, ages)
+        topics = read_recording(folder / LOG).topics
+        sent = topics["/state"]["t"] - topics["/state"]["stamp"]
+        return Deployed(summary, server, watch.armed - start, watch.held, sent, command_ages(topics, server))
 
 
 class _Watch:
@@ -208,7 +212,8 @@ def command_ages(topics: dict[str, dict[str, np.ndarray]], server: ServerLog) ->
     That is from the control period whose measurement the command was computed from to the control period in which the
     command came into force: no clocks are compared, since the control side's record of a period names both, measured
     positions and sent references, and each is looked for in the server's log bit by bit. What is there twice (an arm at rest)
-    or not at all (an extrapolated measurement, a command overtaken by the next) is left out.
+    or not at all (an extrapolated measurement, a command overtaken by the next) is left out. ``link`` alone carries both
+    unchanged: a UR smooths references and a Franka is sent torques, and neither's server logs what arrived.
     """
     measured, sent = topics["/state"]["q"], topics["/command"]["q_ref"]
     states = _once(server.q)
@@ -242,7 +247,10 @@ def judged(run: Deployed, robot: Any) -> tuple[int, int]:
 
 
 def planned(job: tuple[str, int, dict[str, Any], str, Path]):
-    """Run (scenario, seed, changes, engine, bundle) in lockstep with the bundle's planner in place of the run's own; return its Summary."""
+    """Run (scenario, seed, changes, engine, bundle) in lockstep with the bundle's planner; return its Summary.
+
+    The engine ``unexported`` leaves the run its own.
+    """
     import torch
 
     from mbctrl.base.config import RunConfig, load_run

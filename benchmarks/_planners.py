@@ -14,9 +14,11 @@ import torch
 from _common import row
 
 from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.residual import Residual
 from mbctrl.export.bundle import export_bundle, random_case
 from mbctrl.export.planner import PlannerGraphs
 from mbctrl.planning.controller import MpcController
@@ -64,6 +66,18 @@ def exported(name: str, changes: dict[str, Any], folder: Path) -> Exported:
     if not folder.exists():
         export_bundle(config, model, folder, file)
     return Exported(config, file, model, load_bundle(folder))
+
+
+def write_ensemble(path: Path, name: str, networks: int, hidden: tuple[int, ...]) -> None:
+    """Write a residual of that many networks for scenario ``name``'s arm, learnt from nothing: its figures are of time alone."""
+    config, file = load_run(name)
+    model = _MODELS.setdefault(name, load_run_model(config, file))
+    rng, robot, turning = np.random.default_rng(0), model.robot, sum(model.tree.revolute)
+    sizes = (2 * turning + (robot.nq - turning) + robot.nq + robot.nu, *hidden, robot.nq)
+    layers = tuple((rng.normal(0, a**-0.5, (networks, b, a)), np.zeros((networks, b))) for a, b in zip(sizes, sizes[1:]))
+    table = Obstacle(name="table", shape="plane", position=(0.0, 0.0, 0.2))
+    one, small = np.ones(sizes[0]), np.full(robot.nq, 0.01)  # [rad/s]
+    Residual(layers, "tanh", 0 * one, one, small, (table,), near=0.05, far=0.5, dt=config.dynamics.dt).save(path)
 
 
 def torch_controller(of: Exported) -> MpcController:
@@ -173,7 +187,9 @@ def _compiled(of: Exported, quick: bool) -> np.ndarray | str:
             return f"did not come to an end within {_COMPILING:g} s"
         if (said := pipe.recv()) is not None:
             return said
-        return pipe.recv()
+        times = pipe.recv()
+        process.join(10)
+        return times
     except EOFError:
         return "died"
     finally:

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 from _common import Say, row
 from _deploy import SPAWN, Deployed, cold_start, deployed, export_command, judged, planned, size, supervisor_memory, without_cache
-from _planners import Exported, exported, latency_rows, measured, on_engine, parity_rows, resolved
+from _planners import Exported, exported, latency_rows, measured, on_engine, parity_rows, resolved, write_ensemble
 from quality import scenario_rows
 
+from mbctrl.base.config import merged
 from mbctrl.base.errors import MbctrlError
-from mbctrl.runtime.bundle import Bundle, load_bundle
+from mbctrl.runtime.bundle import Bundle
 
 SCENARIO = "panda_reach_sim"
 ACCEPTANCE: tuple[str, dict[str, Any]] = (SCENARIO, {"planner": {"samples": 512}, "steps": 16})
-"""The planner the issue's latencies are of: 512 samples, 16 steps."""
+"""The planner the issue's latencies are of: 512 samples, 16 steps, and the ensemble below."""
+ENSEMBLE = (4, (32, 32))
+"""Networks of the residual, and the units of their hidden layers."""
 PARITY: dict[str, tuple[str, dict[str, Any]]] = {
     "panda_reach": (SCENARIO, {}),
     "ur10e_reach": ("ur10e_reach_sim", {}),
@@ -55,13 +58,13 @@ class _Bundles:
     """Exports each planner once."""
 
     def __init__(self, base: Path, say: Say) -> None:
-        self._base, self._say = base, say
+        self.base, self._say = base, say
         self._made: dict[str, Exported] = {}
 
     def folder(self, name: str, changes: dict[str, Any] | None = None) -> Path:
         """Return the folder of a planner's bundle, which may not be there yet."""
         config = resolved(name, changes or {})[0].model_dump_json()
-        return self._base / f"{name}-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
+        return self.base / f"{name}-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
 
     def __call__(self, name: str, changes: dict[str, Any] | None = None) -> Exported:
         """Return a scenario's planner with ``changes``, exported."""
@@ -91,15 +94,23 @@ def _latency_rows(bundles: _Bundles, quick: bool, say: Say) -> list[dict[str, An
 
 
 def _acceptance_rows(bundles: _Bundles, quick: bool, say: Say) -> list[dict[str, Any]]:
-    of, out = bundles(*ACCEPTANCE), []
-    knots = of.bundle.manifest["knots"]
-    label = f"iteration N = {of.config.planner.samples}, H = {knots['steps']}"
-    for name, engine, bar in (("onnxruntime CPU, one thread", "onnx", 30), ("the kernel engine, one thread", "kernel", 3)):
-        say(f"{label}, {name}")
-        used = measured(on_engine(of.bundle, engine), quick) * 1e3
-        out.append(row(f"{label}, {name}: p50", np.median(used), "ms", "<=", bar))
-        out.append(row(f"{label}, {name}: p99", np.percentile(used, 99), "ms"))
-    return [*out, row(f"{label}: bundle", size(of.bundle.folder), "MB", "<=", 2)]
+    """Return one iteration of the issue's planner, with its ensemble and for comparison without, and their agreement with torch."""
+    name, changes = ACCEPTANCE
+    path, out = bundles.base / "ensemble.npz", []
+    write_ensemble(path, name, *ENSEMBLE)
+    networks, hidden = ENSEMBLE
+    learnt = merged(changes, {"dynamics": {"residual": str(path)}})
+    for what, given, bars in (("no residual", changes, (None, None)), (f"{networks} networks of {hidden}", learnt, (30, 3))):
+        of = bundles(name, given)
+        label = f"iteration N = {of.config.planner.samples}, H = {of.bundle.manifest['knots']['steps']}, {what}"
+        engines = (("onnxruntime CPU, one thread", "onnx"), ("the kernel engine, one thread", "kernel"))
+        for (engine, key), bar in zip(engines, bars):
+            say(f"{label}, {engine}")
+            used = measured(on_engine(of.bundle, key), quick) * 1e3
+            out.append(row(f"{label}, {engine}: p50", np.median(used), "ms", bar and "<=", bar))
+            out.append(row(f"{label}, {engine}: p99", np.percentile(used, 99), "ms"))
+        out.append(row(f"{label}: bundle", size(of.bundle.folder), "MB", "<=", 2))
+    return out + parity_rows(label, of, 20 if quick else 100)
 
 
 def _parity_rows(bundles: _Bundles, quick: bool, say: Say) -> list[dict[str, Any]]:
@@ -168,6 +179,7 @@ def _lateness(label: str, run: Deployed | None, barred: bool, say: Say) -> list[
         row(f"{label}: late, p50", np.percentile(late, 50), "ms"),
         row(f"{label}: late, p99", np.percentile(late, 99), "ms", *bar),
         row(f"{label}: late, p99.9", np.percentile(late, 99.9), "ms"),
+        *_ages(label, "command age at the robot", run.taken if run else np.zeros(0)),
     ]
 
 
@@ -199,15 +211,12 @@ def _real(label: str, run: Deployed | None, bundle: Bundle) -> list[dict[str, An
         row(f"{label}: plan latency, p99", np.percentile(s["latencies"], 99) * 1e3 if len(s["latencies"]) else math.inf, "ms"),
         row(f"{label}: the server's own late periods", int((run.server.late > run.server.period).sum()), f"of {len(run.server.t)}"),
     ]
-    return out + _ages(label, run)
+    return out + _ages(label, "age of a command's measurement at the start of its control period", run.sent)
 
 
-def _ages(label: str, run: Deployed) -> list[dict[str, Any]]:
-    share = len(run.ages) / max(1, run.summary["ticks"])
-    out = [row(f"{label}: commands whose age is known", share, "1")]
-    if len(run.ages):
-        out += [row(f"{label}: command age at the robot, p{p:g}", np.percentile(run.ages, p) * 1e3, "ms") for p in (50, 99, 99.9)]
-    return out
+def _ages(label: str, what: str, ages: np.ndarray) -> list[dict[str, Any]]:
+    ages = ages if len(ages) else np.full(1, math.nan)
+    return [row(f"{label}: {what}, p{p:g}", np.percentile(ages, p) * 1e3, "ms") for p in (50, 99, 99.9)]
 
 
 def _quality_rows(bundles: _Bundles, quick: bool, say: Say) -> list[dict[str, Any]]:
