@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_hybrid import residual_of
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import BundleError, SpecError
 from mbctrl.base.robot import load_robot
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
-from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.load import Model, load_model
 from mbctrl.export.bundle import export_bundle, random_case
 from mbctrl.export.planner import PlannerGraphs
 from mbctrl.planning.controller import MpcController
@@ -42,10 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "obstacles": ("panda_avoid_sim", merged(SMALL, {"obstacles": [BALL, BOX, TABLE]})),
 }
 MODELS: dict[str, Model] = {}
+RESIDUAL = Path(tempfile.mkdtemp(prefix="mbctrl-residual-")) / "residual.npz"
+CASES["residual"] = ("panda_reach_sim", merged(SMALL, {"dynamics": {"residual": str(RESIDUAL)}}))
 
 
 def run_of(name: str) -> tuple[RunConfig, Model, Path]:
     scenario, changes = CASES[name]
+    if name == "residual" and not RESIDUAL.exists():
+        residual_of(load_model("panda"), near=0.2, far=0.8, dt=0.04).save(RESIDUAL)
     config, file = load_run(scenario)
     data = merged(config.model_dump(), {"dynamics": {"threads": 1}})
     data["settings"] = {}
@@ -125,7 +131,7 @@ def test_the_exported_planner_is_the_torch_planner(name: str, engine: str, base:
     assert worst["costs"] <= 1e-4 and worst["mean"] <= 1e-4 and worst["spread"] <= 1e-4 and flips <= 1, (worst, flips)
 
 
-@pytest.mark.parametrize("name", ["mppi", "cem", "icem torque joints"])
+@pytest.mark.parametrize("name", ["mppi", "cem", "icem torque joints", "residual"])
 def test_unrolled_graphs_are_the_scanned_ones(name: str, base: Path) -> None:
     import onnxruntime
 
@@ -253,8 +259,9 @@ def test_other_limits_are_refused(base: Path) -> None:
         check_robot(load_bundle(folder_of("mppi", base)), robot.model_copy(update={"limits": limits}))
 
 
-def test_a_bundle_is_small_and_names_no_folder_of_this_machine(base: Path) -> None:
-    folder = folder_of("mppi", base)
+@pytest.mark.parametrize("name", ["mppi", "residual"])
+def test_a_bundle_is_small_and_names_no_folder_of_this_machine(name: str, base: Path) -> None:
+    folder = folder_of(name, base)
     contents = b"".join(path.read_bytes() for path in folder.iterdir())
     assert len(contents) <= 2e6
     root = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
         {"numpy", "rtde_control", "rtde_receive", "franky", "pylibfranka", "dynamixel_sdk", "serial"},
     ),
     "tasks": ({"base"}, {"numpy", "pydantic"}),
-    "dynamics": ({"base"}, {"numpy", "torch", "mujoco", "pinocchio", "dm_control"}),
+    "dynamics": ({"base"}, {"numpy", "pydantic", "torch", "mujoco", "pinocchio", "dm_control"}),
     "kernels": ({"base", "tasks", "dynamics"}, {"numpy", "llvmlite", "cuda"}),
     "planning": ({"base", "tasks", "dynamics", "kernels"}, {"numpy", "torch", "scipy", "pydantic"}),
     "calibrate": (

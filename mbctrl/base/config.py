@@ -49,6 +49,7 @@ class DynamicsSpec(Spec):
     backend: Literal["auto", "kernel", "torch", "mujoco"] = "auto"
     dt: Positive = 0.04
     integrator: Literal["euler", "leapfrog"] = "euler"
+    residual: str | None = None  # a learned residual's .npz, from the folder of the file that names it
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0, strict=True)] = 0  # of kernel and simulator; 0: all
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import ipaddress
 import math
 import select
 import sys
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from mbctrl.base.config import RunConfig, merged
-from mbctrl.base.errors import DriverError, SpecError
+from mbctrl.base.errors import MbctrlError, SpecError, suggest
 from mbctrl.base.robot import load_robot
 from mbctrl.base.spec import import_name, load_yaml, parse_yaml, validate
 from mbctrl.runtime.bundle import Bundle, check_robot, load_bundle
@@ -31,8 +33,8 @@ DRIVERS = {
     "franka": "mbctrl.drivers.franka:FrankaDriver",
     "servo": "mbctrl.drivers.servo:ServoDriver",
 }
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 _STOPPED = 3
+_HOLDS = 4  # more than these are counted, not listed
 
 
 def deploy(
@@ -57,7 +59,8 @@ def deploy(
         check_robot(checked, load_robot(robot))
     config = _config(checked, goal, duration)
     make = import_name(driver, DRIVERS, file="command line", key="--driver")
-    given = {"host": host, **_options(options)}
+    given = {"host": host, **_options(options, make)}
+    _engine(engine, provider, threads)
     _ask(checked, driver, host, yes)
     folder = make_folder(out or Path("runs") / f"deploy-{bundle.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}")
     job = ServoJob(bundle.resolve(), Path(), folder.resolve(), config, make, given, realtime, seal=checked.seal)
@@ -66,10 +69,13 @@ def deploy(
     try:
         with line.progress:
             summary = deployment.run()
-    except DriverError:
+    except (MbctrlError, KeyboardInterrupt):
         _discard(folder)
         raise
     _result(f"{bundle.resolve().name} on {driver}", checked, summary, deployment)
+    if len(summary["latencies"]) and summary["late"] > 0.1 * summary["plans"]:
+        advice = "the planner cannot keep its rate here: --engine kernel is many times quicker, an export with fewer samples too"
+        console.print(f"[bold yellow]{advice}[/]")
     console.print(f"log: {folder / LOG}, shown by: mbctrl replay {folder / LOG}", highlight=False)
     if (folder / BLACK_BOX).exists():
         console.print(f"the last seconds before the stop: {folder / BLACK_BOX}", highlight=False)
@@ -90,19 +96,33 @@ def _config(bundle: Bundle, goal: Path | None, duration: float | None) -> RunCon
     return config
 
 
-def _options(options: tuple[str, ...]) -> dict[str, Any]:
+def _engine(engine: str, provider: str, threads: int) -> None:
+    """Refuse settings of the planner that would mean nothing."""
+    if engine != "onnx" and provider != "cpu":
+        raise SpecError(f"the {engine} engine has no providers; expected --engine onnx", file="command line", key="--provider")
+    if threads < 0:
+        raise SpecError(f"expected at least 0, found {threads}", file="command line", key="--threads")
+
+
+def _options(options: tuple[str, ...], make: Any) -> dict[str, Any]:
+    """Return the driver's options by name; ``make`` is what makes it: what it does not take is refused."""
+    taken = inspect.signature(make).parameters
+    known = [name for name, at in taken.items() if at.kind is at.KEYWORD_ONLY and name != "epoch"]
     out = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise SpecError(f"expected KEY=VALUE, found {option!r}", file="command line", key="--option")
-        out[key.replace("-", "_")] = parse_yaml(value, "command line")
+        name = key.replace("-", "_")
+        if name not in taken and not any(at.kind is at.VAR_KEYWORD for at in taken.values()):
+            raise SpecError(f"unknown option '{key}'{suggest(name, known)}", file="command line", key="--option")
+        out[name] = parse_yaml(value, "command line")
     return out
 
 
 def _ask(bundle: Bundle, driver: str, host: str, yes: bool) -> None:
     """Ask before something real moves."""
-    real = driver not in ("sim",) and host.split(":")[0] not in _LOCAL or driver == "servo"
+    real = driver == "servo" or driver not in DRIVERS or (driver != "sim" and not _here(host))
     if not real or yes:
         return
     if not sys.stdin.isatty():
@@ -110,6 +130,15 @@ def _ask(bundle: Bundle, driver: str, host: str, yes: bool) -> None:
     said = console.input(f"{bundle.robot.name} at {host} will move. Is it clear, and the emergency stop at hand? \\[y/N] ")
     if said.strip().lower() not in ("y", "yes"):
         raise SpecError("not confirmed", file="command line")
+
+
+def _here(host: str) -> bool:
+    """Return whether ``HOST`` or ``HOST:PORT`` is this machine."""
+    name = host if host.count(":") > 1 else host.partition(":")[0]
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _discard(folder: Path) -> None:
@@ -192,9 +221,14 @@ def _rows(bundle: Bundle, s: dict[str, Any], deployment: Deployment) -> list[tup
         rows.append(("plans refused", _counts(s["rejected"])))
     if deployment.restarts:
         rows.append(("planner restarts", str(len(deployment.restarts))))
+    held = sum(after == "HOLD" for _, _, after, _, _ in s["changes"])
     for t, before, after, reason, fault in s["changes"]:
+        if held > _HOLDS and "HOLD" in (before, after) and t > 0:
+            continue
         mark = f"[bold yellow]{t:.3f} s: {before} -> {after}, {reason}[/]" if fault else f"{t:.3f} s: {before} -> {after}, {reason}"
         rows.append(("ladder", mark))
+    if held > _HOLDS:
+        rows.append(("ladder", f"[bold yellow]held {held} times for want of a plan; {LOG} has them all[/]"))
     return rows
 
 

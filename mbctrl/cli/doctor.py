@@ -12,6 +12,7 @@ from rich.table import Table
 from mbctrl import __version__
 from mbctrl.base.errors import MbctrlError
 from mbctrl.base.find import names, roots
+from mbctrl.cli.machine import machine
 
 console = Console()
 _PACKAGES = {
@@ -24,13 +25,21 @@ _PACKAGES = {
     "scipy": "sim",
     "matplotlib": "sim",
     "av": "sim",
-    "llvmlite": "sim",
+    "llvmlite": "deploy",
     "cvxpy": "calibrate",
     "pandas": "calibrate",
-    "mcap": "calibrate",
+    "mcap": "deploy",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "deploy",
+    "ruckig": "deploy",
+    "ur_rtde": "ur",
+    "franky-control": "franka",
+    "dynamixel-sdk": "servo",
     "viser": "viewer",
     "cuda-core": "cuda",
 }
+_ALIKE = {"onnxruntime": ("onnxruntime-gpu",), "franky-control": ("pylibfranka",)}  # either serves
 
 
 def doctor() -> int:
@@ -41,22 +50,31 @@ def doctor() -> int:
         title_justify="left",
     )
     for package, extra in _PACKAGES.items():
-        try:
-            table.add_row(package, version(package))
-        except PackageNotFoundError:
-            table.add_row(package, f'[yellow]missing:[/] pip install "mbctrl\\[{extra}]"' if extra != "core" else "[red]missing[/]")
+        table.add_row(package, _version(package, extra))
     table.add_section()
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("compiled rollouts", _compiler())
     table.add_row("accelerator", _accelerator())
     table.add_row("off-screen rendering", _rendering())
-    table.add_row("real-time priority", _priority())
+    table.add_row("onnxruntime's providers", _providers())
+    table.add_section()
+    for label, value in machine():
+        table.add_row(label, value)
     table.add_section()
     table.add_row("search path", "\n".join(str(root) for root in roots()))
     counts = {folder: len(names(folder)) for folder in ("robots", "controllers", "launch", "calibration")}
     table.add_row("found", ", ".join(f"{count} {folder}" for folder, count in counts.items()))
     console.print(table)
     return 0
+
+
+def _version(package: str, extra: str) -> str:
+    for name in (package, *_ALIKE.get(package, ())):
+        try:
+            return version(name) + (f" ({name})" if name != package else "")
+        except PackageNotFoundError:
+            pass
+    return "[red]missing[/]" if extra == "core" else f'[yellow]missing:[/] pip install "mbctrl\\[{extra}]"'
 
 
 def _compiler() -> str:
@@ -90,9 +108,11 @@ def _rendering() -> str:
         return f"[yellow]none:[/] {error}"
 
 
-def _priority() -> str:
+def _providers() -> str:
     try:
-        limit = os.sched_get_priority_max(os.SCHED_FIFO) if os.geteuid() == 0 else 0
-    except AttributeError:
-        limit = 0
-    return "permitted" if limit else "not permitted: expect late control periods under load"
+        from mbctrl.runtime.onnx_planner import PROVIDERS, usable
+    except ImportError:
+        return "unknown without onnxruntime"
+    found = usable()
+    absent = [provider for provider in PROVIDERS if provider not in found]
+    return ", ".join(found) + (f"; not usable here: {', '.join(absent)}" if absent else "")

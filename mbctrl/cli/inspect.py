@@ -17,6 +17,7 @@ from mbctrl.base.parameters import load_parameters
 from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import dump_yaml, load_yaml
 from mbctrl.calibrate.recipe import load_recipe
+from mbctrl.cli.bundle import check_bundle, is_bundle
 
 console = Console()
 _MODELS = (".xml", ".mjcf", ".urdf")
@@ -51,6 +52,8 @@ def kind_of(name: str) -> str:
     folders = [folder for folder in _FOLDERS if name in names(folder)]
     if folders:
         return folders[0]
+    if Path(name).is_dir():
+        raise SpecError("a folder without manifest.json: no bundle of mbctrl export", file=name)
     if Path(name).suffix not in (".yaml", ".yml"):
         known = [entry for folder in _FOLDERS for entry in names(folder)]
         raise SpecError(f"unknown name '{name}'{suggest(name, known)}")
@@ -106,13 +109,20 @@ def _show_robot(robot: Robot) -> None:
 
 
 def check(chosen: tuple[str, ...]) -> int:
-    """Load every file, or those chosen; robots pass the self-check, scenarios plan a step. Return 2 if any fails."""
-    need("torch", "sim", "checking")
+    """Load every file, or those chosen; robots pass the self-check, scenarios plan a step, bundles answer their golden vectors.
+
+    Return 2 if any fails. Bundles alone need no torch and no MuJoCo.
+    """
+    if not chosen or not all(map(is_bundle, chosen)):
+        need("torch", "sim", "checking")
     entries = chosen or tuple(f"{folder}/{name}" for folder in _FOLDERS for name in names(folder))
     failed = 0
     for entry in entries:
         folder, _, name = entry.partition("/")
         try:
+            if chosen and is_bundle(entry):
+                check_bundle(entry)
+                continue
             kind = folder if not chosen else kind_of(entry)
             console.print(
                 f"[green]ok[/]    {entry}: {_check(kind, name if not chosen else entry)}", highlight=False, soft_wrap=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -51,7 +50,7 @@ def _screen(recording: Recording, path: Path) -> Table:
         table.add_row("file", "[yellow]cut off or damaged: what came before is shown[/]")
     for key, label in (("bundle", "bundle"), ("versions", "versions")):
         if header.get(key):
-            value = header[key]
+            value = header[key][:12] if key == "bundle" else header[key]
             table.add_row(label, escape(", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)))
     table.add_section()
     for label, value in [*_times(recording), *_plans(recording)]:
@@ -59,7 +58,7 @@ def _screen(recording: Recording, path: Path) -> Table:
     table.add_section()
     for label, value in limits_used(recording).items():
         table.add_row(label, value)
-    table.add_row("clamped", _clamped(recording))
+    table.add_row("changed by", _clamped(recording))
     table.add_row("ladder", " → ".join(f"{name} {t:.3f} s" for t, name in transitions(recording)) or "not in the log")
     table.add_section()
     for event in recording.events[-_EVENTS:]:
@@ -121,10 +120,11 @@ def _clamped(recording: Recording) -> str:
     clamped = recording.topics.get("/command", {}).get("clamped")
     if clamped is None:
         return "not in the log"
-    number, names = int((clamped != 0).sum()), recording.header.get("clamps", [])
-    bits: dict[str, Any] = {name: int((clamped.astype(np.int64) >> bit & 1).sum()) for bit, name in enumerate(names)}
-    said = ", ".join(f"{name} {count}" for name, count in bits.items() if count)
-    return f"{number} of {len(clamped)} records" + (f": {escape(said)}" if said else "")
+    names = recording.header.get("clamps", [])
+    if not names:
+        return f"{int((clamped != 0).sum())} of {len(clamped)} records"
+    bits = {name: int((clamped.astype(np.int64) >> bit & 1).sum()) for bit, name in enumerate(names)}
+    return escape(", ".join(f"{name} {count}" for name, count in bits.items())) + f" of {len(clamped)} records"
 
 
 def transitions(recording: Recording) -> list[tuple[float, str]]:

@@ -55,6 +55,11 @@ def sim(
         raise SpecError(f"unknown protocol '{protocol}'{suggest(protocol, PROTOCOLS)}", key="protocol")
     if key_file is not None and protocol != "link":
         raise SpecError(f"{protocol} knows no keys; only link authenticates its frames", key="key_file")
+    for key, value in (("duration", duration), ("start_noise", start_noise)):
+        if value is not None and not (np.isfinite(value) and value >= 0):
+            raise SpecError(
+                f"expected a number not below 0, found {value:g}", file="command line", key=f"--{key.replace('_', '-')}"
+            )
     for module in ("mujoco", "pinocchio"):
         need(module, "sim", "simulating a robot")
     from mbctrl.dynamics.load import load_model

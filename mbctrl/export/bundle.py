@@ -27,11 +27,11 @@ from mbctrl.export.graph import OPSET
 from mbctrl.export.planner import FIGURES, PlannerGraphs
 from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
 from mbctrl.kernels.watch import trace_watch
-from mbctrl.planning.compiled import drive_of, term_factors
+from mbctrl.planning.compiled import drive_of, term_factors, traced_residual
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.planner import Parameters, PlannerState
 from mbctrl.planning.rules.base import Distribution
-from mbctrl.runtime.bundle import FORMAT, GOLDEN, MANIFEST, ROBOT, ROLLOUT, SEAL, digest, fingerprint
+from mbctrl.runtime.bundle import FORMAT, GOLDEN, MANIFEST, ROBOT, ROLLOUT, SEAL, WEIGHTS, digest, fingerprint
 from mbctrl.tasks.distance import capsule_capsule
 
 CASES = 4
@@ -89,6 +89,8 @@ def export_bundle(
     contents[ROLLOUT] = json.dumps(traced, separators=(",", ":")).encode()
     say("answering golden vectors")
     contents[GOLDEN] = _golden(controller, graphs)
+    if controller.hybrid is not None:
+        contents[WEIGHTS] = traced_residual(controller.hybrid).weights.astype("<f4").tobytes()
     contents[ROBOT] = _robot(controller).encode()
     manifest = _manifest(controller, made.nodes, graphs, traced)
     manifest["files"] = {name: digest(data) for name, data in contents.items()}
@@ -124,13 +126,14 @@ def _traced(controller: MpcController) -> dict[str, Any]:
     arm, config = controller.analytic, controller.config
     kinds = [Goal(joints=True)] if isinstance(config.goal, JointGoal) else [Goal(position=True), Goal(position=True, rotation=True)]
     tool, drive = controller.features.tool, drive_of(arm)
+    residual = None if controller.hybrid is None else traced_residual(controller.hybrid)
     goals = []
     for kind in kinds:
-        traced = trace_objective(arm.tree, drive, arm.dt, tool, controller.task, kind, config.obstacles)
+        traced = trace_objective(arm.tree, drive, arm.dt, tool, controller.task, kind, config.obstacles, residual)
         goals.append({"goal": vars(kind), "traced": traced.to_dict()})
     watch = trace_watch(arm.tree, drive, tool, config.obstacles, capsule_pairs(controller))
     seen = {"traced": watch.to_dict(), "damping": arm.tree.damping.tolist(), "friction": arm.tree.friction.tolist()}
-    return {"step": trace_dynamics(arm.tree, drive).to_dict(), "goals": goals, "watch": seen}
+    return {"step": trace_dynamics(arm.tree, drive, residual=residual).to_dict(), "goals": goals, "watch": seen}
 
 
 def capsule_pairs(controller: MpcController, draws: int = 400) -> list[tuple[int, int]]:
@@ -160,7 +163,9 @@ def _manifest(controller: MpcController, nodes: dict[str, int], graphs: PlannerG
     # The folder's own description of the robot counts, wherever the exporting machine had it.
     plain = config.model_copy(update={"robot": RobotSpec(name=controller.robot.name)})
     backend = plain.backend.model_copy(update={"parameters": None})
-    spec = plain.model_copy(update={"backend": backend, "dynamics": plain.dynamics.model_copy(update={"backend": "auto"})})
+    spec = plain.model_copy(
+        update={"backend": backend, "dynamics": plain.dynamics.model_copy(update={"backend": "auto", "residual": None})}
+    )
     return {
         "format": FORMAT,
         "versions": {

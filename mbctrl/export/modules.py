@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.export.rules import BIG, update
 from mbctrl.planning.objective import FeatureMap
@@ -61,7 +62,7 @@ class Draw(nn.Module):
 class Step(nn.Module):
     """One step of the arm: (nx, N) under (nu, N); ``dt`` [s] is an input where it is not the planner's."""
 
-    def __init__(self, dynamics: RigidBodyDynamics) -> None:
+    def __init__(self, dynamics: RigidBodyDynamics | HybridDynamics) -> None:
         super().__init__()
         self.dynamics = dynamics
 

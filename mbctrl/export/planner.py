@@ -66,7 +66,7 @@ class PlannerGraphs:
         self.shapes = self.shapes_of(controller)
         colour = colouring(planner.knots.count, config.planner.beta) if config.planner.noise == "coloured" else None
         self.terms = [name for name, term in controller.task.terms.items() if term.weight > 0]
-        self.dynamics = controller.analytic
+        self.dynamics = controller.hybrid or controller.analytic
         say("exporting the draw")
         self.draw = self._draw(Draw(planner, rule, self.shapes, colour, controller._bounds))
         say("exporting a step of the arm")

@@ -12,9 +12,10 @@ from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.tree import Frame, RigidTree
 from mbctrl.kernels.graph import Graph
 from mbctrl.kernels.program import Program
+from mbctrl.kernels.residual import TracedResidual
 from mbctrl.kernels.rigid_body import Array, TracedArm, frame_in_world
 from mbctrl.kernels.step import Drive, TracedStep
-from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
+from mbctrl.tasks.distance import capsule_obstacle
 from mbctrl.tasks.features import Features
 from mbctrl.tasks.task import Task
 
@@ -82,13 +83,16 @@ class Traced:
         return Traced(program, **places, terms=tuple(data["terms"]))
 
 
-def trace_dynamics(tree: RigidTree, drive: Drive, parameters: Sequence[str] = (), each: bool = False) -> Traced:
+def trace_dynamics(
+    tree: RigidTree, drive: Drive, parameters: Sequence[str] = (), each: bool = False, residual: TracedResidual | None = None
+) -> Traced:
     """Trace an arm's step; the time step [s] is the uniform ``dt``.
 
     Args:
         tree, drive: the arm.
         parameters: names of PARAMETERS and GAINS to take as inputs, shapes as the tree's and the drive's.
         each: every sample has its own parameters (domain randomisation); else one set for the rollout.
+        residual: what is learnt on top.
     """
     graph = Graph()
     kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
@@ -100,7 +104,7 @@ def trace_dynamics(tree: RigidTree, drive: Drive, parameters: Sequence[str] = ()
     tree = replace(tree, **{name: values for name, values in given.items() if name not in GAINS})
     drive = replace(drive, **gains)
     step = TracedStep(TracedArm(tree), drive, h)
-    carry = _Carry(graph, step, len(drive.commanded))
+    carry = _Carry(graph, step, len(drive.commanded), residual)
     return _finished(carry, *carry.advance(), kinds)
 
 
@@ -112,8 +116,9 @@ def trace_objective(
     task: Task,
     goal: Goal,
     obstacles: Sequence[Obstacle] = (),
+    residual: TracedResidual | None = None,
 ) -> Traced:
-    """Trace an arm's step with its task's cost.
+    """Trace an arm's step, and what is learnt on top, with its task's cost.
 
     The table has a column a term, what its cost rate counts in that step (weight, discount and dt multiplied), then
     ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``u_before`` (nu) and
@@ -128,7 +133,7 @@ def trace_objective(
     terms = tuple(name for name, term in task.terms.items() if term.weight > 0)
     factors = table.array("terms", len(terms))
     step = TracedStep(TracedArm(tree), drive, dt)
-    carry = _Carry(graph, step, len(drive.commanded))
+    carry = _Carry(graph, step, len(drive.commanded), residual)
     before = uniform.array("u_before", len(drive.commanded))
     last = carry.add(before)
     q, v, where_q = carry.advance()
@@ -170,8 +175,8 @@ def trace_objective(
 class _Carry:
     """What goes from step to step: q, v, then the angles' sine and cosine where the next step can use them."""
 
-    def __init__(self, graph: Graph, step: TracedStep, commands: int) -> None:
-        self.graph, self.step, self.n = graph, step, step.arm.n
+    def __init__(self, graph: Graph, step: TracedStep, commands: int, residual: TracedResidual | None = None) -> None:
+        self.graph, self.step, self.n, self.residual = graph, step, step.arm.n, residual
         self.u = _inputs(graph, "command", range(commands))
         self.first: list[Any] = list(_inputs(graph, "start", range(2 * self.n)))
         self.cost: int | None = None
@@ -193,12 +198,24 @@ class _Carry:
         """Return q, v and the angles (None: not known) after the step."""
         if not self.kept:
             q, v, self.acceleration = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
-            return q, v, None
+            q, v, where = self._learnt(q, v, self.step.angles(self.q), None)
+            return q, v, where
         sine, cosine = np.full(self.n, 0.0, dtype=object), np.full(self.n, 1.0, dtype=object)
         sine[self.turning], cosine[self.turning] = self._sine, self._cosine
         angle = np.array([value - r for value, r in zip(self.q, self.step.reference)], dtype=object)
         q, v, self.acceleration = self.step(self.q, self.v, self.u, (angle, sine, cosine))
-        return q, v, self.step.angles(q)
+        q, v, where = self._learnt(q, v, (angle, sine, cosine), self.step.angles(q))
+        return q, v, where
+
+    def _learnt(self, q: Array, v: Array, before: Any, after: Any) -> tuple[Array, Array, Any]:
+        """Return q, v and the angles after the step with the residual on top, where there is one."""
+        if self.residual is None:
+            return q, v, after
+        after = self.step.angles(q) if after is None else after
+        more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after)
+        self.acceleration = self.acceleration + more * (1.0 / self.step.h)
+        q, v = q + self.step.h * more, v + more
+        return q, v, self.step.angles(q) if self.kept else None
 
 
 def _finished(
@@ -227,23 +244,18 @@ def _finished(
         tuple(graph.operand(value) for value in following),
         carry.cost,
         {kind: inputs.size for kind, inputs in kinds.items()},
+        () if carry.residual is None else carry.residual.networks,
     )
     return Traced(program, kinds["table"].places, kinds["uniform"].places, kinds["sample"].places, terms)
 
 
-def clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array) -> Array:
-    """Return the distances (C,) of the arm's capsules from an obstacle at ``center`` (3,)."""
+def clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array | None = None) -> Array:
+    """Return the distances (C,) of the arm's capsules from an obstacle at ``center`` (3,); None: where it stands."""
     distances = np.empty(len(tree.capsules), dtype=object)
     for k, capsule in enumerate(tree.capsules):
         r, p = poses[capsule.link]
         a, b = p + r @ capsule.a.astype(object), p + r @ capsule.b.astype(object)
-        radius = float(capsule.radius)
-        if obstacle.shape == "sphere":
-            distances[k] = capsule_sphere(a, b, radius, center, float(obstacle.size[0]))
-        elif obstacle.shape == "box":
-            distances[k] = capsule_box(a, b, radius, center, [float(size) for size in obstacle.size])
-        else:
-            distances[k] = capsule_plane(a, b, radius, center, [float(x) for x in obstacle.normal])
+        distances[k] = capsule_obstacle(a, b, float(capsule.radius), obstacle, center)
     return distances
 
 

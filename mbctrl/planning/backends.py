@@ -16,7 +16,9 @@ from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
 from mbctrl.dynamics.actuation import actuation_of
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.residual import load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.kernels.trace import Goal
@@ -25,6 +27,7 @@ from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
 from mbctrl.planning.objective import FeatureMap, RolloutObjective, TorchSearch
 from mbctrl.planning.planner import Search
+from mbctrl.tasks.distance import capsule_obstacle
 from mbctrl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Parts:
     noise: Noise
     lower: np.ndarray
     upper: np.ndarray
+    hybrid: HybridDynamics | None = None  # the arm with what is learnt on top
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Backend:
     def rollout(self, x: np.ndarray, commands: np.ndarray, dt: float) -> np.ndarray:
         """Return states (H+1, nx, N) from ``x`` (nx,) under ``commands`` (H, nu, N), ``dt`` seconds apart."""
         start = np.repeat(x[:, None], commands.shape[2], 1)
-        if isinstance(self.dynamics, RigidBodyDynamics):
+        if isinstance(self.dynamics, (RigidBodyDynamics, HybridDynamics)):
             return host(self.dynamics.with_dt(dt).rollout(self.array(start), self.array(commands)))
         return self.dynamics.with_dt(dt).rollout(start, commands)
 
@@ -84,19 +88,21 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
                 raise SpecError(reason, file=file, key="dynamics.backend") from None
             _log.warning("%s; planning with torch, many times slower", reason)
     array = partial(tensor, dtype=analytic.dtype, device=analytic.device)
-    rolled: Any = analytic if wanted != "mujoco" else simulator_of(config, model)
+    arm = parts.hybrid or analytic
+    rolled: Any = arm if wanted != "mujoco" else simulator_of(config, model)
     objective = RolloutObjective(rolled, parts.features, parts.task, config.planner.discount)
     search = TorchSearch(objective, parts.knots, parts.noise, array(parts.lower), array(parts.upper))
-    return Backend("mujoco" if wanted == "mujoco" else "torch", search, array, analytic)
+    return Backend("mujoco" if wanted == "mujoco" else "torch", search, array, arm)
 
 
 def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Backend:
     from mbctrl.kernels.native import shared_pool  # llvmlite is only needed here
-    from mbctrl.planning.compiled import kernel_dynamics, kernel_search
+    from mbctrl.planning.compiled import kernel_dynamics, kernel_search, traced_residual
     from mbctrl.planning.engines import CpuEngine
 
     here = CpuEngine(shared_pool(config.dynamics.threads))
     engine = _engine_of(analytic.device, here)
+    traced = None if parts.hybrid is None else traced_residual(parts.hybrid)
     search = kernel_search(
         analytic,
         parts.features.tool,
@@ -109,11 +115,12 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         engine=engine,
         discount=config.planner.discount,
         obstacles=config.obstacles,
+        residual=traced,
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
     # One rollout alone is the processor's work.
-    return Backend("kernel", search, engine.array, kernel_dynamics(analytic, here))
+    return Backend("kernel", search, engine.array, kernel_dynamics(analytic, here, traced))
 
 
 def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
@@ -148,6 +155,25 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
     return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
+
+
+def hybrid_of(
+    config: RunConfig, model: Model, analytic: RigidBodyDynamics, file: str | Path | None = None
+) -> HybridDynamics | None:
+    """Return the run's model with its learned residual on top, None where the run names none.
+
+    Errors:
+        SpecError: for a file that is none, or of another arm.
+    """
+    name = config.dynamics.residual
+    if name is None:
+        return None
+    beside = Path(file).parent / name if file is not None else Path(name)
+    path = beside if beside.is_file() else Path(name)
+    if not path.is_file():
+        raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
+    residual = load_residual(path, model.tree.revolute, analytic.nu)
+    return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
 def simulator_of(config: RunConfig, model: Model) -> SimulatorDynamics:

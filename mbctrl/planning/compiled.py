@@ -8,8 +8,10 @@ import numpy as np
 
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
+from mbctrl.dynamics.hybrid import HybridDynamics, gate_capsules
 from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
+from mbctrl.kernels.residual import TracedResidual
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import trace_dynamics, trace_objective
 from mbctrl.planning.engines import CpuEngine, Engine
@@ -33,9 +35,15 @@ def drive_of(dynamics: RigidBodyDynamics) -> Drive:
     )
 
 
-def kernel_dynamics(dynamics: RigidBodyDynamics, engine: CpuEngine) -> KernelDynamics:
+def traced_residual(hybrid: HybridDynamics) -> TracedResidual:
+    """Return the residual of ``hybrid`` as kernels take it."""
+    return TracedResidual(hybrid.residual, gate_capsules(hybrid.base.tree, hybrid.tool), hybrid.tool)
+
+
+def kernel_dynamics(dynamics: RigidBodyDynamics, engine: CpuEngine, residual: TracedResidual | None = None) -> KernelDynamics:
     """Return the arm's compiled rollouts; the engine's precision is theirs."""
-    return KernelDynamics(trace_dynamics(dynamics.tree, drive_of(dynamics)), dynamics.dt, engine)
+    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual)
+    return KernelDynamics(traced, dynamics.dt, engine, None if residual is None else residual.weights)
 
 
 def term_factors(task: Task, steps: int, dt: float, discount: float = 1.0) -> np.ndarray:
@@ -60,6 +68,7 @@ def kernel_search(
     engine: Engine,
     discount: float = 1.0,
     obstacles: Sequence[Obstacle] = (),
+    residual: TracedResidual | None = None,
 ) -> KernelSearch:
     """Return the compiled search of the arm and task.
 
@@ -69,13 +78,14 @@ def kernel_search(
         task, discount, obstacles: the objective.
         knots, noise: the action parametrisation and its noise.
         samples, lower, upper, engine: as ``KernelSearch``.
+        residual: what is learnt on top of the arm.
 
     Errors:
         TypeError: where a term cannot be traced, when the search is first used.
     """
     colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
     return KernelSearch(
-        lambda goal: trace_objective(dynamics.tree, drive_of(dynamics), dynamics.dt, tool, task, goal, obstacles),
+        lambda goal: trace_objective(dynamics.tree, drive_of(dynamics), dynamics.dt, tool, task, goal, obstacles, residual),
         term_factors(task, knots.steps, dynamics.dt, discount),
         knots,
         Drawing(colour, None if noise.counted else noise.draw),
@@ -83,4 +93,5 @@ def kernel_search(
         lower=lower,
         upper=upper,
         engine=engine,
+        weights=None if residual is None else residual.weights,
     )

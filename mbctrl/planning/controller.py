@@ -14,7 +14,7 @@ from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import FigureEightGoal, PoseGoal
 from mbctrl.dynamics.load import Model
-from mbctrl.planning.backends import Parts, analytic_of, build_backend
+from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
@@ -43,13 +43,16 @@ class MpcController(Mpc):
             knots = Knots(spec.knots, steps, config.dynamics.dt, spec.interpolation, at)
         except ValueError as error:
             raise SpecError(str(error), file=file, key="planner.knots") from None
+        self.hybrid = hybrid_of(config, model, self.analytic, file)
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
         self.task = build_task(config.task, scales_of(robot), file=file)
         check_needs(self.task, config, robot, file)
         low, high = command_bounds(robot)
         noise = Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like)
         rule = build_rule(config, file)
-        self.backend = build_backend(config, model, self.analytic, Parts(self.features, self.task, knots, noise, low, high), file)
+        self.backend = build_backend(
+            config, model, self.analytic, Parts(self.features, self.task, knots, noise, low, high, self.hybrid), file
+        )
         planner = Planner(
             self.backend.search,
             rule,

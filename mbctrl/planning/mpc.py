@@ -15,8 +15,6 @@ from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal, Target
 from mbctrl.planning.arrays import Array, host
 from mbctrl.planning.planner import Parameters, Planner, PlannerState, Result
 
-_PREDICTION_STEP = 0.01  # [s], longest step of the forward prediction
-
 
 class Mpc:
     """Replans from the newest state.
@@ -30,6 +28,7 @@ class Mpc:
         array: brings numpy's numbers into the planner's kind.
         rollout: states (H+1, nx, N) from ``x`` (nx,) under commands (H, nu, N), ``dt`` seconds apart, in numpy's arrays.
         paths: the tool's positions (3, T, N) [m] at states (T, nx, N); None: plans carry no fan.
+        step: the longest step of the prediction from a measurement to a plan's start [s].
     """
 
     def __init__(
@@ -40,9 +39,10 @@ class Mpc:
         array: Callable[[Any], Array],
         rollout: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
         paths: Callable[[np.ndarray], np.ndarray] | None = None,
+        step: float = 0.01,
     ) -> None:
         self.config, self.robot, self.planner, self.knots = config, robot, planner, planner.knots
-        self._array, self._rollout_model, self._paths = array, rollout, paths
+        self._array, self._rollout_model, self._paths, self._step = array, rollout, paths, step
         self._steps, self._bounds = self.knots.steps, command_bounds(robot)
         self._targets = [self._still(target) for target in config.goal.targets] if isinstance(config.goal, PoseGoal) else []
         self._spread = self.knots.weights(np.arange(self._steps + 1) * config.dynamics.dt)
@@ -147,7 +147,7 @@ class Mpc:
             held = np.zeros(robot.nu) if robot.control.mode == "torque" else x[:nq][robot.command_index]
             return x, held
         if request.latency > 0:
-            count = int(np.ceil(request.latency / _PREDICTION_STEP))
+            count = int(np.ceil(request.latency / self._step))
             h = request.latency / count
             commands = np.stack([follower.command(t + (k + self.knots.at) * h) for k in range(count)])
             x = self._rollout_model(x, commands[..., None], h)[-1, :, 0].astype(float)

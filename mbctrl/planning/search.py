@@ -27,13 +27,15 @@ class KernelDynamics:
         traced: the arm's step, of ``trace_dynamics``.
         dt: time step [s].
         engine: this processor.
+        weights: of the program's networks, None: it has none.
     """
 
-    def __init__(self, traced: Traced, dt: float, engine: CpuEngine) -> None:
+    def __init__(self, traced: Traced, dt: float, engine: CpuEngine, weights: np.ndarray | None = None) -> None:
         self.traced, self.dt = traced, dt
         self.nx, self.nu = traced.program.states, traced.program.commands
         self.nq = self.nx // 2
         self._engine, self._code = engine, engine.compile(traced.program, None)
+        self._weights = {} if weights is None else {"weights": engine.array(weights)}
 
     def with_dt(self, dt: float) -> KernelDynamics:
         """Return the same arm with another time step [s]; the code is shared."""
@@ -55,6 +57,7 @@ class KernelDynamics:
             states[0] = start
         else:
             given = {"start": start, "commands": commands, "uniform": self._engine.array([self.dt]), "states": states}
+            given |= self._weights
             self._engine.run(self._code, given, samples=width, steps=horizon, fixed=0, seed=0, draw=0)
         found = states[:, :, :samples]
         return found if isinstance(x0, np.ndarray) else like(found, x0)
@@ -97,6 +100,7 @@ class KernelSearch(Search):
         samples: N.
         lower, upper: (nu,) command bounds, numpy's.
         engine: where it runs; every array is of its kind.
+        weights: of the programs' networks, None: they have none.
     """
 
     def __init__(
@@ -110,7 +114,9 @@ class KernelSearch(Search):
         lower: np.ndarray,
         upper: np.ndarray,
         engine: Engine,
+        weights: np.ndarray | None = None,
     ) -> None:
+        self._weights = {} if weights is None else {"weights": engine.array(weights)}
         self._traced, self._knots, self._noise = traced, knots, noise
         self._samples, self._engine = samples, engine
         self._kernels: dict[Goal, _Kernel] = {}
@@ -157,6 +163,7 @@ class KernelSearch(Search):
             "spread": array(belief.spread),
             "lower": self._lower,
             "upper": self._upper,
+            **self._weights,
         }
         self._engine.run(kernel.code, arrays, samples=count, steps=self._knots.steps, fixed=given, seed=seed, draw=draw)
         return candidates[..., :samples], costs[:samples]

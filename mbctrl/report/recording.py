@@ -40,12 +40,14 @@ def plot_recording(recording: Recording, path: Path, title: str) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 10.0), dpi=120, layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        figure.suptitle(title, x=0.012, ha="left", fontweight="bold")
+        figure.suptitle(f"{title}   (solid: measured, dashed: sent)", x=0.012, ha="left", fontweight="bold")
         stack = figure.subplots(len(_PANELS) + 1, 1, sharex=True, height_ratios=(3, 3, 3, 1))
         for axes, (measured, asked, label) in zip(stack, _PANELS):
             names = joints if measured != "tau" else actuated
             _lines(axes, recording.topics.get("/state", {}), measured, names, joints, "-")
-            _lines(axes, recording.topics.get("/command", {}), asked, actuated, joints, "--")
+            sent = recording.topics.get("/command", {})
+            if asked in sent and (asked == "q_ref" or np.any(sent[asked])):  # a law's velocity reference is 0 as a rule
+                _lines(axes, sent, asked, actuated, joints, "--")
             axes.set_ylabel(label)
         handles, labels = stack[0].get_legend_handles_labels()
         if handles:
@@ -55,6 +57,17 @@ def plot_recording(recording: Recording, path: Path, title: str) -> None:
             if event["level"] == "error":
                 for axes in stack:
                     axes.axvline(event["t"], color=ALARM, lw=0.8)
+                stack[-1].annotate(
+                    event["text"],
+                    (event["t"], 0),
+                    (-3, 2),
+                    textcoords="offset points",
+                    ha="right",
+                    va="bottom",
+                    fontsize=6.5,
+                    color=ALARM,
+                    rotation=0,
+                )
         with replacing(path) as temporary, open(temporary, "wb") as file:
             canvas.print_png(file)
 

@@ -23,7 +23,7 @@ from mbctrl.base.spec import parse_yaml, validate
 FORMAT = 1
 """The manifest's version; another one is refused: what a field means may have changed."""
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
-ROBOT, ROLLOUT, GOLDEN = "robot.yaml", "rollout.json", "golden.npz"
+ROBOT, ROLLOUT, WEIGHTS, GOLDEN = "robot.yaml", "rollout.json", "residual.f32", "golden.npz"
 
 
 def digest(data: bytes) -> str:
@@ -49,6 +49,10 @@ class Bundle:
     def rollout(self) -> dict[str, Any]:
         """Return the traced programs' data."""
         return json.loads(self.files[ROLLOUT])
+
+    def weights(self) -> np.ndarray | None:
+        """Return the numbers of the residual's networks, None where there are none."""
+        return np.frombuffer(self.files[WEIGHTS], "<f4") if WEIGHTS in self.files else None
 
     def golden(self) -> dict[str, np.ndarray]:
         """Return the golden vectors by name; the first index counts the cases."""

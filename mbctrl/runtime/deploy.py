@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mbctrl.base.errors import DriverError
+from mbctrl.base.errors import DriverError, MbctrlError
 from mbctrl.runtime.port import PlannerJob, serve_plans
-from mbctrl.runtime.process import quiet_start
+from mbctrl.runtime.process import answer, quiet_start
 from mbctrl.runtime.servo import ORDERS, STATUS, ServoJob, serve_servo
 from mbctrl.runtime.shared import Mailbox, private_folder
 
 _RESTARTS = 5
 _HUNG = 1.0  # [s] a planner may be silent before it is killed
+_START = 30.0  # [s] it may take to come up
 _PAUSE = 0.02  # [s]
 
 
@@ -55,7 +56,7 @@ class Deployment:
         self.job = replace(job, folder=self.folder, parent=os.getpid())
         self._context = multiprocessing.get_context("spawn")
         self._status, self._orders = Mailbox(self.folder / "status", STATUS), Mailbox(self.folder / "orders", ORDERS)
-        self._rearm, self._generation, self._restarts, self._silent = 0, 0, 0, 0.0
+        self._rearm, self._generation, self._silent, self._started = 0, 0, 0.0, 0.0
         self._planner: Any = None
         self._servo: Any = None
         self.restarts: list[float] = []
@@ -90,6 +91,8 @@ class Deployment:
             theirs.close()
             return self._supervise()
         except KeyboardInterrupt:
+            if self._servo is None or self._servo.pid is None:
+                raise
             self._say("ending: bringing the arm to rest")
             self.order_end()
             return self._supervise()
@@ -111,7 +114,7 @@ class Deployment:
         self._planner = self._context.Process(target=_plan, args=(theirs, what), daemon=True, name="mbctrl planner")
         quiet_start(self._planner)
         theirs.close()
-        self._coming = True
+        self._coming, self._started = True, time.monotonic()
 
     def _supervise(self) -> dict[str, Any]:
         seen = 0
@@ -150,25 +153,34 @@ class Deployment:
     def _care_for_planner(self) -> None:
         """Learn what kept a new planner from starting; start another one for one that died or hangs."""
         if self._coming and self._planner_pipe.poll():
-            self._coming = False
-            try:
-                error = self._planner_pipe.recv()
-            except (EOFError, OSError):
-                error = None
+            self._coming, self._silent = False, 0.0
+            error = self._last_word()
             if error is not None and not self.restarts:
                 raise error
-        hung = self._silent and time.monotonic() - self._silent > _HUNG
+            if error is not None:
+                self._say(str(error))
+        now = time.monotonic()  # one that comes up answers nothing yet
+        hung = now - self._started > _START if self._coming else self._silent and now - self._silent > _HUNG
         if self._planner.is_alive() and not hung:
             return
         if len(self.restarts) >= _RESTARTS:
             return
         why = "hangs" if self._planner.is_alive() else f"died (exit code {self._planner.exitcode})"
+        if not self._planner.is_alive() and (error := self._last_word()) is not None:
+            self._say(str(error))
         self._planner.kill()
         self._planner.join(5)
         self._silent = 0.0
         self.restarts.append(time.monotonic())
         self._say(f"the planner {why}; starting another one")
         self._start_planner()
+
+    def _last_word(self) -> MbctrlError | None:
+        """Return what the planner says, if that is an error."""
+        try:
+            return self._planner_pipe.recv() if self._planner_pipe.poll() else None
+        except (EOFError, OSError):
+            return None
 
     def _end(self) -> None:
         servo, planner = self._servo, self._planner
@@ -186,7 +198,7 @@ class Deployment:
 
 
 def _plan(pipe: Any, job: PlannerJob) -> None:
-    serve_plans(job, pipe.send)
+    answer(pipe, "planner", lambda: serve_plans(job, pipe.send))
 
 
 def make_folder(out: Path) -> Path:

@@ -82,6 +82,7 @@ class Guard(Guarding):
         self.furthest = 0.0
         self._holding_since: float | None = None
         self._touched = ""
+        self._newest: tuple[RobotState, float] | None = None
 
     def _model(self, q: np.ndarray, v: np.ndarray) -> Seen:
         return self.found.seen if self.found.seen is not None else self.watch(q, v)
@@ -89,7 +90,7 @@ class Guard(Guarding):
     def measured(self, state: RobotState, now: float) -> RobotState | None:
         """Judge a measurement at ``now`` [s]; return the state to go by, None where there never was a good one."""
         reading = self.sensors(state, now)
-        self.found.reading = reading
+        self.found.reading, self._newest = reading, (state, now)
         good = reading.state
         if good is None:
             return None
@@ -133,6 +134,9 @@ class Guard(Guarding):
 
     def arm(self, t: float) -> list[str]:
         """Leave SAFE or STOP at ``t`` [s], by a person's word; return why not, one text each."""
+        if self._newest is not None:  # the arm is where it now says it is
+            self.sensors.reset()
+            self.found.reading = self.sensors(*self._newest)
         refused = self.refusals()
         state = self.found.reading.state if self.found.reading is not None else None
         refused = list(dict.fromkeys(self.ladder.rearm(t, state, refused)))
@@ -193,7 +197,7 @@ class Guard(Guarding):
             sensor=reading.reason if faulty else "",
             sensor_fault=reading.fault if faulty else 0,
             sensor_lasting=reading.lasting,
-            status=state.status,
+            status=self._newest[0].status,  # the state to go by is the last one that was good
             clamped=self._clamped if self.ladder.mode is Mode.RUN else 0.0,
             contact=self._touched,
             clearance=clearance,
@@ -202,7 +206,8 @@ class Guard(Guarding):
 
     def _overdue(self, t: float, state: RobotState) -> float:
         """Return for how long the arm has been moving after a stop's end [s]."""
-        if self.ladder.mode is not Mode.STOP or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
+        braking = self._before is Mode.STOP and self.ladder.mode is Mode.STOP  # not a stop ordered since: its brake is to come
+        if not braking or not self.brake.active or not (np.abs(state.v) > 5 * _REST).any():
             return 0.0
         duration = self.brake.duration
         end = self._stopped_at + (duration if np.isfinite(duration) else 1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,13 +42,15 @@ class Session:
             settings = {"use_tf32": "0", "enable_cuda_graph": "1"}
         wanted = PROVIDERS[provider]
         try:
-            made = onnxruntime.InferenceSession(data, options, providers=[(wanted, settings)])
+            with _quiet():
+                made = onnxruntime.InferenceSession(data, options, providers=[(wanted, settings)])
         except Exception as error:  # noqa: BLE001 -- its errors have no common type
             raise BundleError(f"does not load: {str(error).splitlines()[0]}", file=name) from None
         if made.get_providers()[0] != wanted:
             raise SpecError(
                 f"{wanted} is not usable here; usable: {', '.join(usable())}", file="command line", key=f"--provider {provider}"
             )
+        made.disable_fallback()  # else an accelerator that fails in the middle of a run is replaced by the processor
         self.session, device = made, "cpu" if provider == "cpu" else "cuda"
         self._binding = made.io_binding()
         self.shapes = {value.name: tuple(value.shape) for value in made.get_inputs()}
@@ -160,9 +165,21 @@ def _loads(provider: str) -> bool:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(data, options, providers=[provider]).get_providers()[0] == provider
+        with _quiet():
+            return onnxruntime.InferenceSession(data, options, providers=[provider]).get_providers()[0] == provider
     except Exception:  # noqa: BLE001 -- its errors have no common type
         return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what onnxruntime prints of a provider that is not there: that is said in one line, or not at all."""
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # what it is by default
 
 
 _IDENTITY = (

@@ -18,7 +18,7 @@ from mbctrl.planning.planner import Parameters, Planner, PlannerState
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.planning.white import colouring
-from mbctrl.runtime.bundle import GOLDEN, ROLLOUT, Bundle
+from mbctrl.runtime.bundle import GOLDEN, ROLLOUT, WEIGHTS, Bundle
 
 ENGINES = ("kernel", "onnx")
 COST_TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ def build_planner(
         from mbctrl.runtime.onnx_planner import OnnxPlanner, OnnxRollout
 
         planner = OnnxPlanner(bundle, rule, knots, sigma, provider, threads or 1)
-        mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle))
+        mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle), step=config.dynamics.dt / 2)
     worst = golden_error(bundle, mpc.planner)
     if not worst <= COST_TOLERANCE:
         raise BundleError(
@@ -77,6 +77,15 @@ def _kernel(bundle: Bundle, config: RunConfig, rule: Any, knots: Knots, sigma: n
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"no traced rollout: {error}", file=bundle.folder / ROLLOUT) from None
 
+    weights = bundle.weights()
+    expected = sum(network.weights for network in step.program.networks)
+    if (0 if weights is None else len(weights)) != expected or any(
+        t.program.networks != step.program.networks for t in goals.values()
+    ):
+        raise BundleError(
+            f"expected {expected} numbers, found {0 if weights is None else len(weights)}", file=bundle.folder / WEIGHTS
+        )
+
     def traced(goal: Goal) -> Traced:
         if goal not in goals:
             raise BundleError(f"the planner was exported for {list(goals)}, found {goal}", file=bundle.folder, key="goal")
@@ -94,9 +103,10 @@ def _kernel(bundle: Bundle, config: RunConfig, rule: Any, knots: Knots, sigma: n
         lower=low,
         upper=high,
         engine=engine,
+        weights=weights,
     )
     planner = Planner(search, rule, knots, samples=spec.samples, sigma=sigma, iterations=spec.iterations, growth=spec.growth)
-    dynamics = KernelDynamics(step, knots.dt, engine)
+    dynamics = KernelDynamics(step, knots.dt, engine, weights)
 
     def rollout(x: np.ndarray, commands: np.ndarray, dt: float) -> np.ndarray:
         return dynamics.with_dt(dt).rollout(np.repeat(x[:, None], commands.shape[2], 1), commands)

@@ -19,7 +19,7 @@ from mbctrl.runtime.shared import Mailbox
 
 _INFO = ("best", "mean", "ess", "nonfinite", "cpu")
 _LOOK = 2e-4  # [s] between two looks for a request
-_GENERATION = 1_000_000  # plans of one planner process: a later one counts on from the next multiple
+_GENERATION = 10**12  # plans of one planner process at most: a later one counts on from the next multiple
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,17 @@ def serve_plans(job: PlannerJob, say: Any) -> None:
             time.sleep(_LOOK)
             continue
         done, record = got
-        plan = mpc.plan(_request(record, len(bundle.config.obstacles)))
+        plan = mpc.plan(_request(record, len(bundle.config.obstacles), job.generation))
         boxes.plans.write(_record(plan, done, job.generation, boxes.sizes.plan))
     # the parent is gone: so is everything this was for
 
 
-def _request(record: Any, obstacles: int) -> PlanRequest:
+def _request(record: Any, obstacles: int, generation: int) -> PlanRequest:
     following = target = None
-    if record["following"]:
+    made_by, seq = divmod(int(record["following"]), _GENERATION)
+    if seq and made_by == generation:  # another planner's plans are not known here
         offset = record["offset"].copy() if record["jump"] else None
-        following = Following(int(record["following"]) % _GENERATION, float(record["switched"]), offset)
+        following = Following(seq, float(record["switched"]), offset)
     if record["aimed"]:
         target = record["position"].copy(), record["rotation"].copy() if record["turned"] else None
     return PlanRequest(

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -242,13 +243,23 @@ def _serve(pipe: Connection, job: _Job) -> None:
     """Run the child: open the driver, pass states and commands on, and stop it however this ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
+    code = 1
     try:
         boxes = _Boxes(job.folder, job.robot)
         answer(pipe, "driver", lambda: _drive(pipe, job, boxes))
         boxes.publish(None, ended=True)
+        code = 0
+    except SystemExit:
+        code = 0
     finally:
         if os.getppid() != job.parent:  # nobody else is left to clear up
             shutil.rmtree(job.folder, ignore_errors=True)
+        pipe.close()
+        logging.shutdown()
+        sys.stdout.flush()
+        # The driver is stopped and all is said. What is left are vendors' threads and destructors, and those may wait for a
+        # robot that will never answer.
+        os._exit(code)
 
 
 def _leave(*_: Any) -> None:

@@ -63,7 +63,8 @@ class Reading:
 class SensorCheck:
     """Judges one measurement a control period; ``counts`` has the kinds of what was wrong, and of lost packets.
 
-    - not finite, or farther from the last good one than the joints can move: held, then faulty (fault 2);
+    - not finite, or farther from the last good one than the joints can move: held, then faulty (fault 2); a jump that was
+      held and stays is faulty until ``reset``: which of the two positions is true is not for the passing of time to decide;
     - older than a few periods by the robot's own stamp, or from the future: extrapolated, then faulty (4);
     - a sequence number that goes back is dropped, none in order for long is faulty (5);
     - a status that takes no commands is faulty at once (17), and so is a pause of the caller's clock (18).
@@ -83,6 +84,7 @@ class SensorCheck:
         self._now: float | None = None
         self._held = self._misordered = 0
         self._since: float | None = None
+        self._jumped = ""
 
     def __call__(self, state: RobotState, now: float) -> Reading:
         """Judge the newest measurement at ``now`` [s], the clock its stamp is on; once a control period."""
@@ -110,10 +112,12 @@ class SensorCheck:
         late = "" if wrong else self._late(state, now)
         if late:
             return self._bridged(4, late, self.settings.extrapolate, self._extrapolated(now))
-        wrong = wrong or self._impossible(state)
-        if wrong:
+        jumped = "" if wrong else self._jumped or self._impossible(state)
+        if wrong or jumped:
             self.counts["unbelievable"] += 1
-            return self._bridged(2, wrong, self.settings.hold, self._good)
+            reading = self._bridged(2, wrong or jumped, self.settings.hold, self._good)
+            self._jumped = jumped if reading.verdict is Verdict.FAULTY else self._jumped
+            return reading
         if self._good is not None:
             self.counts["lost"] += state.seq - self._good.seq - 1
         self._good, self._held, self._misordered = state, 0, 0

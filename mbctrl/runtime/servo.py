@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from mbctrl.runtime.shared import Mailbox
 from mbctrl.runtime.watch import ArmWatch
 
 LOG, BLACK_BOX = "log.mcap", "blackbox.mcap"
+CLAMPS = ["gate", "limiter"]  # bits of a record's ``clamped``
 SERVO_PRIORITY, DRIVER_PRIORITY = 50, 60
 _TEXT = 200
 _STALLED = 5.0  # [s] without coming nearer
@@ -112,7 +113,7 @@ class Servo:
         self._record = np.zeros((), record_dtype(self.robot))
         self._told, self._rearmed, self._finished = 0, 0, 0.0
         self._best, self._best_at, self._stalled = np.inf, 0.0, -1
-        self._trouble = False
+        self._trouble = self._armed = False
 
     def run(self) -> dict[str, Any]:
         """Open, check, arm, run, stop; return what there is to say of it.
@@ -120,7 +121,8 @@ class Servo:
         Errors:
             DriverError: where the robot does not come up or may not be armed.
         """
-        header = log_header(self.robot, epoch=self.clock.epoch, modes=[mode.name for mode in Mode], bundle=self.bundle.seal)
+        names: dict[str, Any] = {"modes": [mode.name for mode in Mode], "clamps": CLAMPS}
+        header = log_header(self.robot, epoch=self.clock.epoch, bundle=self.bundle.seal, **names)
         recorder = Recorder(self.job.out / LOG, self._record.dtype, header, rate=self.robot.control.rate)
         self.recorder = recorder
         try:
@@ -128,6 +130,7 @@ class Servo:
             recorder.open()
             self.notes += self._process.notes
             self.watch = ArmWatch(self.bundle)
+            self.watch.obstacles([obstacle.at(0.0)[0] for obstacle in self.config.obstacles])
             self.guard = Guard(self.robot, self.watch, self.driver, self.job.guard)
             self.port = MailboxPort(self.job.folder, Sizes.of(self.bundle))
             self._arm()
@@ -138,9 +141,11 @@ class Servo:
                 self.loop.run(self.config.duration + _ENDING)
         finally:
             self.driver.stop()
-            if any(change.fault for change in self._changes()):
+            if any(change.fault and change.after >= Mode.STOP for change in self._changes()):
                 self._dump()
             recorder.close()
+            if not self._armed:  # nothing happened that a log could tell of
+                (self.job.out / LOG).unlink(missing_ok=True)
         return self.summary()
 
     def _changes(self) -> list[Any]:
@@ -171,11 +176,14 @@ class Servo:
                 raise DriverError("the planner did not come up within 60 s", key="planner")
             if os.getppid() != self.job.parent:
                 raise DriverError("the supervisor is gone", key="servo")
+            if (orders := self._orders.read()) is not None and orders[1]["end"]:
+                raise DriverError("ended before the arm was armed", key="servo")
             tick += 1
             self.clock.wait_until(now + period)
         refused = refused or self.guard.arm(0.0)
         if refused:
             raise DriverError("not armed: " + "; ".join(refused), key=self.robot.name)
+        self._armed = True
         self.guard.sensors.reset()  # the clock starts anew
         if self.guard.contact is not None:
             self.guard.contact.reset()
@@ -321,7 +329,8 @@ def serve_servo(pipe: Any, job: ServoJob) -> None:
         send("failed", error)
     except Exception as error:  # noqa: BLE001 -- whatever it is, the parent must learn of it
         send("failed", DriverError(f"the control process failed: {type(error).__name__}: {error}", key="servo"))
-    time.sleep(0)
+    if os.getppid() != job.parent:
+        shutil.rmtree(job.folder, ignore_errors=True)  # nobody else is left to do it
 
 
 def _leave(*_: Any) -> None:

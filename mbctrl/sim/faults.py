@@ -15,7 +15,8 @@ from mbctrl.runtime.driver import RobotState
 
 # What the number after '=' is, for the kinds that need one.
 _VALUES = {"drop": "a probability over 0, at most 1", "delay": "seconds over 0", "jump": "radians other than 0"}
-_EVENTS = ("estop", "pstop", "kill")  # not a matter of samples: the server sees to them
+_VALUES |= {"push": "newtons other than 0"}
+_EVENTS = ("estop", "pstop", "push", "kill")  # not a matter of samples: the server sees to them
 KINDS = ("freeze", "drop", "delay", "reorder", "duplicate", "nan", "jump", *_EVENTS)
 _SHAPE = re.compile(r"(?P<kind>[a-z]+)(=(?P<value>[^@]*))?@(?P<start>[^:]*)(:(?P<end>.*))?")
 
@@ -28,8 +29,8 @@ class Fault:
       later, none overtakes another; ``reorder``: neighbours are swapped; ``duplicate``: each is sent twice;
     - ``nan``: the position of one joint, another in each sample, is not a number; ``jump``: that of one joint is off by
       ``value`` [rad];
-    - ``estop``, ``pstop``: the robot stops by itself and takes no commands, until ``end`` if there is one; ``kill``: the
-      server's process ends at once.
+    - ``estop``, ``pstop``: the robot stops by itself and takes no commands, until ``end`` if there is one; ``push``: a force
+      of ``value`` [N] along the world's x axis acts on the tool's body; ``kill``: the server's process ends at once.
     """
 
     kind: str
@@ -68,7 +69,7 @@ def _value(text: str, kind: str, found: str | None) -> float:
             raise SpecError(f"{kind} takes no value, found '{found}'", key=f"fault '{text}'")
         return 0.0
     value = _number(text, "value", found or "")
-    if not {"drop": 0 < value <= 1, "delay": value > 0, "jump": value != 0}[kind]:
+    if not {"drop": 0 < value <= 1, "delay": value > 0}.get(kind, value != 0):
         raise SpecError(f"expected {_VALUES[kind]}, found {found}", key=f"fault '{text}'")
     return value
 
@@ -104,7 +105,7 @@ class Faults:
         return any(fault.active(t) for fault in self.faults)
 
     def events(self, t: float) -> tuple[list[Fault], list[Fault]]:
-        """Return the estop, pstop and kill faults that begin and those that end at or before ``t`` [s], each once."""
+        """Return the estop, pstop, push and kill faults that begin and those that end at or before ``t`` [s], each once."""
         events = [fault for fault in self.faults if fault.kind in _EVENTS]
         begin = [fault for fault in events if fault.active(t) and fault not in self._begun]
         end = [fault for fault in events if fault.end <= t and fault in self._begun]

@@ -22,6 +22,7 @@ from mbctrl.sim.wire import Wire
 log = logging.getLogger(__name__)
 _JOINTS = 7
 _MISSED = 20  # consecutive periods without a command before the robot stops by itself
+_HOLDING = 0.3  # [N·m] that hold an arm where it is, beside the torque it adds against gravity
 _DATAGRAMS = 64  # read in a period: a flood must not hold up the robot
 _ROUNDING = 1e-4  # [N·m], a torque went through single precision on its way to the client
 _MODES = {
@@ -67,6 +68,7 @@ class FrankaWire(Wire):
         self._wanted, self._torque = np.zeros(_JOINTS), np.zeros(_JOINTS)  # commanded, and applied [N·m]
         self._sent, self._taken = 0, 0  # numbers of the newest state and of the newest command
         self._missed, self._heard, self._recent = 0, 0.0, deque(maxlen=100)
+        self._moves = False  # the motion under way has asked for more than holding the arm
         self._tool = _Tool(plant)
         self._packet = _blank(self._tool)
 
@@ -84,7 +86,11 @@ class FrankaWire(Wire):
         self._udp.setblocking(False)
 
     def receive(self) -> bool:
-        """Serve requests, and put the newest torque in force; return whether one came."""
+        """Serve requests, and put the newest torque in force.
+
+        Return whether one came of a motion that moves: a client holds the arm from the moment it connects, for as long as it
+        takes to get ready.
+        """
         for request in self._channel.poll():
             self._serve(request)
         if self._channel.peer is None and self._port is not None:
@@ -102,7 +108,8 @@ class FrankaWire(Wire):
             self._take(command)
         if self._move is not None and self._taken:
             self._apply()
-        return command is not None
+        self._moves |= bool((np.abs(self._torque) > _HOLDING).any())
+        return command is not None and self._moves
 
     def publish(self, sample: RobotState) -> None:
         """Send a state packet; a robot that is not usable ends the motion under way."""
@@ -165,7 +172,7 @@ class FrankaWire(Wire):
             self._channel.send(fci.answer(request, fci.Move.INVALID))
             return
         self._move, self._missed, self._heard, self._taken = request, 0, time.monotonic(), 0
-        self._wanted, self._torque = np.zeros(_JOINTS), np.zeros(_JOINTS)
+        self._wanted, self._torque, self._moves = np.zeros(_JOINTS), np.zeros(_JOINTS), False
         self._recent.clear()
         self._packet["reflex_reason"] = 0
         self._channel.send(fci.answer(request, fci.Move.STARTED))

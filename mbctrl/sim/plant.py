@@ -33,7 +33,7 @@ class Plant:
         self._clock = LockstepClock()
         self._driver = SimDriver(mj, robot, self._clock, start)
         self._driver.open()
-        self._pick = robot.command_index
+        self._pick, self._tool = robot.command_index, _body(mj, robot.tool)
         limit = robot.limits.acceleration
         self._deceleration = np.full(robot.nu, _DECELERATION) if limit is None else np.asarray(limit)[self._pick]
         self._gains = np.asarray(robot.control.stiffness), np.asarray(robot.control.damping)
@@ -99,6 +99,10 @@ class Plant:
         """Take commands again."""
         self.status, self.reason = Status.OK, ""
 
+    def push(self, force: float) -> None:
+        """Have a force [N] along the world's x axis act on the tool's body from now on; 0 ends it."""
+        self._driver.data.xfrc_applied[self._tool, 0] = force
+
     def _brake(self) -> None:
         position, speed = self._braking
         slower = np.sign(speed) * np.maximum(np.abs(speed) - self._deceleration * self.period, 0.0)
@@ -115,3 +119,9 @@ class Plant:
     def _apply(self, law: JointCommand) -> None:
         self.law = law
         self._driver.write(law)
+
+
+def _body(mj: mujoco.MjModel, name: str) -> int:
+    """Return the body of that name, or that a site of that name is on."""
+    site = mujoco.mj_name2id(mj, mujoco.mjtObj.mjOBJ_SITE, name)
+    return int(mj.site_bodyid[site]) if site >= 0 else mujoco.mj_name2id(mj, mujoco.mjtObj.mjOBJ_BODY, name)

@@ -134,9 +134,15 @@ class _Server:
             if fault.kind == "kill":
                 self.log.close()
                 os._exit(1)
-            self.plant.halt(f"injected {fault.kind}", _STOPS[fault.kind])
-        if end:
-            self.plant.reset()
+            if fault.kind == "push":
+                self.plant.push(fault.value)
+            else:
+                self.plant.halt(f"injected {fault.kind}", _STOPS[fault.kind])
+        for fault in end:
+            if fault.kind == "push":
+                self.plant.push(0.0)
+            else:
+                self.plant.reset()
 
     def summary(self) -> Served:
         """Return what happened, with the shares of the limits used."""

@@ -50,6 +50,16 @@ def capsule_box(a: Any, b: Any, radius: Any, center: Any, half: Any, points: int
     return nearest - cover
 
 
+def capsule_obstacle(a: Any, b: Any, radius: Any, obstacle: Any, center: Any = None) -> Any:
+    """Return the distance [m] of a capsule from an ``mbctrl.base.scene.Obstacle``, where it stands or at ``center`` (3,)."""
+    center = [float(x) for x in obstacle.position] if center is None else center
+    if obstacle.shape == "sphere":
+        return capsule_sphere(a, b, radius, center, float(obstacle.size[0]))
+    if obstacle.shape == "box":
+        return capsule_box(a, b, radius, center, [float(size) for size in obstacle.size])
+    return capsule_plane(a, b, radius, center, [float(x) for x in obstacle.normal])
+
+
 def capsule_capsule(a: Any, b: Any, radius: Any, c: Any, d: Any, other: Any) -> Any:
     """Return the distance [m] of capsule (``a``, ``b``, ``radius``) from capsule (``c``, ``d``, ``other``), never too small.
 

@@ -1,0 +1,63 @@
+"""A learned residual in a traced step: its networks are calls, their weights are given when the program runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mbctrl.dynamics.residual import Residual
+from mbctrl.dynamics.tree import Frame
+from mbctrl.kernels.graph import Graph, minimum
+from mbctrl.kernels.network import Network
+from mbctrl.kernels.rigid_body import Array
+from mbctrl.kernels.step import TracedStep
+from mbctrl.tasks.algebra import clip01
+from mbctrl.tasks.distance import capsule_obstacle
+
+
+class TracedResidual:
+    """Adds an ensemble to steps; the same mathematics as ``mbctrl.dynamics.hybrid``.
+
+    Args:
+        residual: the ensemble.
+        capsules: of ``gate_capsules``.
+        tool: its link.
+
+    Attributes:
+        networks: one a member, in order; ``weights`` all their numbers in a row.
+    """
+
+    def __init__(self, residual: Residual, capsules: list[tuple[np.ndarray, np.ndarray, float, int]], tool: Frame) -> None:
+        self.residual, self._capsules, self._link = residual, capsules, tool.link
+        layers = residual.folded()
+        sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
+        self.networks = (Network(tuple(map(int, sizes)), residual.activation),) * residual.members
+        flat = [network.flat([(w[e], b[e]) for w, b in layers]) for e, network in enumerate(self.networks)]
+        self.weights = np.concatenate(flat)
+
+    def __call__(self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any) -> Array:
+        """Return the velocity to add (n,), from the state and its angles before the analytic step and the angles after it."""
+        angle, sine, cosine = before
+        turning = [i for i in range(step.arm.n) if step.arm.tree.revolute[i]]
+        sliding = [i for i in range(step.arm.n) if not step.arm.tree.revolute[i]]
+        pick = list(step.drive.commanded)
+        inputs = [*sine[turning], *cosine[turning], *q[sliding], *v, *(u - q[pick])]
+        near = minimum(self._distance(step, before), self._distance(step, after))
+        part = clip01((self.residual.far - near) * (1.0 / (self.residual.far - self.residual.near)))
+        gate = part * part * (3.0 - 2.0 * part)
+        total: Any = 0.0
+        for k, network in enumerate(self.networks):
+            total = total + graph.network(k, network, inputs, gate)
+        return total * (step.h * (1.0 / self.residual.dt))
+
+    def _distance(self, step: TracedStep, angles: Any) -> Any:
+        poses = step.arm.world(*step.arm.turns(*angles), {self._link})
+        nearest: Any = None
+        for a, b, radius, link in self._capsules:
+            r, p = poses[link]
+            ends = p + r @ a.astype(object), p + r @ b.astype(object)
+            for surface in self.residual.surfaces:
+                found = capsule_obstacle(*ends, radius, surface)
+                nearest = found if nearest is None else minimum(nearest, found)
+        return nearest
