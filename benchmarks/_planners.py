@@ -90,17 +90,21 @@ def torch_controller(of: Exported) -> MpcController:
 
 
 def latency_rows(label: str, of: Exported, quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return one iteration's p50, p99 and, of 1000 iterations, p99.9 on every engine, and p50 as a multiple of onnxruntime's."""
+    """Return one iteration's p50, p99 and, of 1000 iterations, p99.9 on every engine, and how onnxruntime's p50 compares.
+
+    ``quick`` leaves out torch.compile, which takes minutes to compile.
+    """
     times: dict[str, np.ndarray] = {}
     for name, call in engines(of).items():
         say(f"{label}: {name}")
         times[name] = measured(call(), quick)
-    say(f"{label}: torch.compile")
-    compiled = _compiled(of, quick)
-    if isinstance(compiled, str):
-        say(f"{label}: torch.compile {compiled}: no figures of it")
-    else:
-        times["torch.compile, 1 thread"] = compiled
+    if not quick:
+        say(f"{label}: torch.compile")
+        compiled = _compiled(of)
+        if isinstance(compiled, str):
+            say(f"{label}: torch.compile {compiled}: no figures of it")
+        else:
+            times["torch.compile, 1 thread"] = compiled
     base, out = np.median(times["onnxruntime cpu, 1 thread"]), []
     for name, used in times.items():
         shares = (50, 99, 99.9) if len(used) >= ENOUGH else (50, 99)
@@ -175,11 +179,11 @@ def measured(call: Callable[[int], Any], quick: bool) -> np.ndarray:
     return np.asarray(times)
 
 
-def _compiled(of: Exported, quick: bool) -> np.ndarray | str:
+def _compiled(of: Exported) -> np.ndarray | str:
     """Return the times of the objective compiled by torch in a process of its own, or why there are none."""
     context = get_context("spawn")
     pipe, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_compile, args=(theirs, of.config, of.file, of.bundle.folder, quick), daemon=True)
+    process = context.Process(target=_compile, args=(theirs, of.config, of.file, of.bundle.folder), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -197,7 +201,7 @@ def _compiled(of: Exported, quick: bool) -> np.ndarray | str:
         process.join()
 
 
-def _compile(pipe: Any, config: RunConfig, file: Path, folder: Path, quick: bool) -> None:
+def _compile(pipe: Any, config: RunConfig, file: Path, folder: Path) -> None:
     of = Exported(config, file, load_run_model(config, file), load_bundle(folder))
     try:
         call = _eager(of, compile=True)
@@ -205,8 +209,8 @@ def _compile(pipe: Any, config: RunConfig, file: Path, folder: Path, quick: bool
     except Exception as error:  # noqa: BLE001 -- its errors have no common type
         pipe.send(f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         return
-    pipe.send(None)
-    pipe.send(measured(call, quick))
+    pipe.send(None)  # compiled in time
+    pipe.send(measured(call, quick=False))
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------

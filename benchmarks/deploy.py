@@ -41,7 +41,10 @@ CORES = os.cpu_count() or 1
 
 
 def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
-    """Return every figure (quick: one size, three planners and 20 cases of parity, 10 to 15 s a run, one seed)."""
+    """Return every figure.
+
+    Quick: one size, no torch.compile, three planners and 20 cases of parity, runs of 10 to 15 s, one seed.
+    """
     with tempfile.TemporaryDirectory() as base:
         bundles = _Bundles(Path(base), say)
         out = _export_rows(bundles)
@@ -70,7 +73,8 @@ class _Bundles:
         """Return a scenario's planner with ``changes``, exported."""
         folder = self.folder(name, changes)
         if folder.name not in self._made:
-            self._say(f"exporting {name}{f', {changes}' if changes else ''}")
+            if not folder.exists():
+                self._say(f"exporting {name}{f', {changes}' if changes else ''}")
             self._made[folder.name] = exported(name, changes or {}, folder)
         return self._made[folder.name]
 
