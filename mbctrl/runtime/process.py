@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -24,7 +25,13 @@ def steady() -> Iterator[None]:
 
 
 def quiet_start(process: BaseProcess) -> None:
-    """Start a process that ignores Ctrl-C from its first instruction on: that is the control side's to handle."""
+    """Start a process that ignores Ctrl-C from its first instruction on: that is the control side's to handle.
+
+    From another thread than the main one the process inherits what this one does with Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        process.start()
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,10 +130,8 @@ class Servo:
         recorder = Recorder(self.job.out / LOG, self._record.dtype, header, rate=self.robot.control.rate)
         self.recorder = recorder
         try:
-            self.driver.open()
-            recorder.open()
+            self._open(recorder)
             self.notes += self._process.notes
-            self.watch = ArmWatch(self.bundle)
             self.watch.obstacles([obstacle.at(0.0)[0] for obstacle in self.config.obstacles])
             self.guard = Guard(self.robot, self.watch, self.driver, self.job.guard)
             self.port = MailboxPort(self.job.folder, Sizes.of(self.bundle))
@@ -150,6 +149,26 @@ class Servo:
             if not self._armed:  # nothing happened that a log could tell of
                 (self.job.out / LOG).unlink(missing_ok=True)
         return self.summary()
+
+    def _open(self, recorder: Recorder) -> None:
+        """Start the driver's and the log's processes side by side; each takes half a second to come up."""
+        failed: list[BaseException] = []
+
+        def drive() -> None:
+            try:
+                self.driver.open()
+            except BaseException as error:  # noqa: BLE001 -- raised again below
+                failed.append(error)
+
+        opening = threading.Thread(target=drive, name="mbctrl opening")
+        opening.start()
+        try:
+            recorder.open()
+            self.watch = ArmWatch(self.bundle)
+        finally:
+            opening.join()
+        if failed:
+            raise failed[0]
 
     def _changes(self) -> list[Any]:
         return self.guard.ladder.changes if hasattr(self, "guard") else []
