@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.errors import DriverError
 from mbctrl.base.plan import Following, Plan, PlanRequest
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.export.bundle import export_bundle
 from mbctrl.runtime.bundle import load_bundle
-from mbctrl.runtime.deploy import _plan
+from mbctrl.runtime.deploy import Deployment, Settings, _plan
 from mbctrl.runtime.port import _GENERATION, BEAT, Boxes, MailboxPort, PlannerJob, Sizes, _record, _request
 from mbctrl.runtime.process import quiet_start
+from mbctrl.runtime.servo import ServoJob
 
 SPAWN = multiprocessing.get_context("spawn")
 SIZES = Sizes(steps=3, nq=2, nu=2, obstacles=1)
@@ -234,3 +238,73 @@ def test_plans_keep_their_numbers_however_many_there_are(seq: int, tmp_path: Pat
     record = boxes.requests.read()[1]
     assert _request(record, 0, 2).following.seq == seq
     assert _request(record, 0, 3).following is None, "another planner knows nothing of it"
+
+
+# --- the supervisor's care ---------------------------------------------------------------------------------------------
+
+
+class Cared:
+    """A supervisor whose planner is made up."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        job = ServoJob(Path("bundle"), Path(), Path("out"), None, print)
+        self.deployment = Deployment(job, Settings(), lambda record: None, self.lines.append)
+        self.deployment._start_planner = self.start
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.starts += 1
+        self.alive = True
+        d = self.deployment
+        d._planner_pipe, self.pipe = SPAWN.Pipe(duplex=False)
+        d._planner = SimpleNamespace(is_alive=lambda: self.alive, exitcode=1, kill=lambda: None, join=lambda seconds: None)
+        d._coming, d._started = True, time.monotonic()
+
+    def silent(self, seconds: float) -> None:
+        self.deployment._silent = time.monotonic() - seconds
+        self.deployment._care_for_planner()
+
+
+@pytest.fixture
+def cared() -> Iterator[Cared]:
+    one = Cared()
+    yield one
+    shutil.rmtree(one.deployment.folder)
+
+
+def test_a_planner_that_comes_up_is_given_time(cared: Cared) -> None:
+    """It loads and compiles for longer than one that plans may be silent: to kill it for that would start it for ever."""
+    cared.silent(5.0)
+    assert cared.starts == 1
+    cared.pipe.send(None)
+    cared.silent(5.0)
+    assert cared.starts == 1, "what it has been silent for while it came up does not count"
+    cared.silent(5.0)
+    assert cared.starts == 2 and "hangs" in cared.lines[-1]
+
+
+def test_a_planner_that_never_comes_up_is_replaced(cared: Cared) -> None:
+    cared.deployment._started -= 100.0
+    cared.deployment._care_for_planner()
+    assert cared.starts == 2
+
+
+def test_what_a_dying_planner_says_is_passed_on_and_there_is_an_end_to_it(cared: Cared) -> None:
+    cared.pipe.send(None)
+    cared.deployment._care_for_planner()
+    cared.pipe.send(DriverError("the planner failed: MemoryError", key="planner"))
+    cared.alive = False
+    cared.deployment._care_for_planner()
+    assert any("MemoryError" in line for line in cared.lines) and cared.starts == 2
+    for _ in range(20):
+        cared.alive = False
+        cared.deployment._care_for_planner()
+    assert cared.starts == 6
+
+
+def test_what_keeps_the_first_planner_from_starting_ends_the_run(cared: Cared) -> None:
+    cared.pipe.send(DriverError("no such engine", key="planner"))
+    with pytest.raises(DriverError, match="no such engine"):
+        cared.deployment._care_for_planner()
