@@ -111,6 +111,7 @@ class Check:
 
         mbctrl check
         mbctrl check panda my_arm.urdf my_scenario.yaml
+        mbctrl check panda_reach                # a bundle: every byte, golden vectors, latency; needs no torch
     """
 
     names: Positional[tuple[str, ...]] = ()

@@ -77,7 +77,13 @@ def load_bundle(path: str | Path) -> Bundle:
     Errors:
         BundleError: naming the file at fault, what was found and what was expected.
     """
-    folder = Path(path)
+    try:
+        return _loaded(Path(path))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # sealed, and not by mbctrl
+        raise BundleError(f"is no manifest: {type(error).__name__} {error}", file=Path(path) / MANIFEST) from None
+
+
+def _loaded(folder: Path) -> Bundle:
     if not folder.is_dir():
         raise BundleError("no such folder; mbctrl export makes one", file=folder)
     text, seal = _read(folder, MANIFEST), _read(folder, SEAL)
