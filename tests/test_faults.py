@@ -52,9 +52,6 @@ from mbctrl.runtime.watch import ArmWatch
 
 ALL, SENSING = ("link", "ur", "franka"), ("link", "franka")
 STANDSTILL = 1.5  # [s]
-# Of the torque's rate limit. Franka's client bounds it itself. A spring law's torque also changes with the arm's motion between
-# two commands, and the more of them are late the more. A UR's torques are its own servo's affair.
-RATE = {"link": 3.0, "franka": 1.25, "ur": np.inf}
 
 _ATTEMPTS, _STALL = 2, 0.015  # [s]
 
@@ -83,13 +80,13 @@ class Bench:
     def __init__(self, bundles: Callable[[str], Path], folder: Path) -> None:
         self.bundle, self.folder = bundles, folder
 
-    def __call__(self, protocol: str, *faults: str, robot: str | None = None, **options: Any) -> Run:
+    def __call__(self, protocol: str, *faults: str, robot: str | None = None, away: bool = False, **options: Any) -> Run:
         for attempt in range(_ATTEMPTS):
             folder = self.folder / f"attempt{attempt}"
             folder.mkdir()
             with server(protocol, folder / "server.log", *faults, robot=robot) as arm:
                 run = settle(deploy(self.bundle(protocol), protocol, arm, folder / "run", **options), arm)
-            if not stalled(run):
+            if away or not stalled(run):
                 break
         return run
 
@@ -117,7 +114,19 @@ def bench(bundles: Callable[[str], Path], tmp_path: Path) -> Iterator[Bench]:
 def stalled(run: Run) -> bool:
     """Whether the machine held up the robot itself, or the control process, for as long as a fault would: no fault of theirs."""
     lateness = [] if run.summary is None else run.summary["lateness"]
-    return max([*lateness, *run.log.late]) > _STALL
+    return max([*lateness, *run.log.late]) > _STALL or "was silent for" in str(run.error)
+
+
+def rate(run: Run) -> float:
+    """Return what the torque's rate may be, as a share of its limit.
+
+    Franka's client bounds it itself. A spring law's torque also changes with the arm's motion between two commands, by about
+    as much as the limit allows, and by that again for each period a command is late. A UR's torques are its own servo's affair.
+    """
+    if run.protocol == "link":
+        lateness = 0.0 if run.summary is None else run.summary["lateness"].max()
+        return 2.0 + 1.5 * (lateness + run.log.late.max()) / run.log.period
+    return {"franka": 1.25, "ur": np.inf}[run.protocol]
 
 
 def reached(record: Any, run: Run) -> bool:
@@ -136,7 +145,7 @@ def came_to_rest(run: Run) -> None:
     print(run.protocol, verdict)
     assert moving(run)
     assert verdict.standstill <= STANDSTILL and verdict.violations == 0 and verdict.effort <= 1 + 1e-9
-    assert verdict.effort_rate is None or verdict.effort_rate <= RATE[run.protocol]
+    assert verdict.effort_rate is None or verdict.effort_rate <= rate(run)
 
 
 def went_on(run: Run) -> None:
@@ -144,7 +153,7 @@ def went_on(run: Run) -> None:
     whole, last = run.judged(float(run.log.t[0])), run.log.v[-1]
     print(run.protocol, whole, run.summary["sensors"])
     assert len(run.summary["reached"]) >= 1 and whole.violations == 0 and np.abs(last).max() < 0.01
-    assert whole.effort_rate is None or whole.effort_rate <= RATE[run.protocol]
+    assert whole.effort_rate is None or whole.effort_rate <= rate(run)
     mode, why, fault = run.changes[-1]
     assert (mode, fault) == (Mode.STOP, 0), (mode, why)
 
@@ -249,7 +258,7 @@ def test_a_plan_into_the_arm_itself_is_not_followed(protocol: str, bench: Bench)
 
     run = bench.impostor(protocol, answer, done=lambda record, run: time.monotonic() > run.injected + 1.0)
     assert run.summary["rejected"]["plan too near"] >= 3
-    assert run.faults[6] is Mode.HOLD and 15 not in run.faults
+    assert Mode.HOLD in (run.faults.get(6), run.faults.get(7)) and 15 not in run.faults, run.changes
     came_to_rest(run)
     watch = ArmWatch(load_bundle(bench.bundle(protocol)))
     assert min(watch.clearance(rows) for rows in np.array_split(run.log.q[::50], 20)) > 0
@@ -359,7 +368,7 @@ def test_a_dead_robot_ends_the_run(protocol: str, bench: Bench) -> None:
 @pytest.mark.parametrize("protocol", ALL)
 def test_a_control_process_that_was_away_does_not_go_on(protocol: str, bench: Bench) -> None:
     """Row 18: the process is suspended for a second; the arm is stopped meanwhile, and nothing moves it after."""
-    run = bench(protocol, act=lambda run: stop_for(run.deployment.servo_pid, 1.0))
+    run = bench(protocol, act=lambda run: stop_for(run.deployment.servo_pid, 1.0), away=True)
     assert isinstance(run.error, DriverError) or max(run.faults.values()) >= Mode.STOP
     came_to_rest(run)
 

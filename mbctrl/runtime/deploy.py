@@ -157,6 +157,8 @@ class Deployment:
                 error = None
             if error is not None and not self.restarts:
                 raise error
+        if self._coming:  # loading and compiling, it answers nothing yet
+            self._silent = 0.0
         hung = self._silent and time.monotonic() - self._silent > _HUNG
         if self._planner.is_alive() and not hung:
             return
