@@ -401,7 +401,7 @@ def test_control_goes_on_when_nothing_can_be_written(bench: Bench) -> None:
 @pytest.mark.parametrize("protocol", SENSING)
 def test_an_unexpected_contact_stops_the_arm(protocol: str, bench: Bench) -> None:
     """Row 16; the push ends after the arm has given way. A UR senses no torque: contacts are its own safety's affair."""
-    run = bench(protocol, "push=-120@0.6:0.9")
+    run = bench(protocol, "push=-80@0.6:0.75")
     assert run.faults[16] is Mode.STOP
     came_to_rest(run)
 
@@ -461,17 +461,12 @@ def test_a_corrupt_bundle_is_refused(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_provider_that_is_not_there_is_refused(bench: Bench) -> None:
     """Row 11: nothing is planned on something else behind the user's back."""
-    import onnxruntime
-
-    missing = [
-        p for p in ("cuda", "tensorrt") if f"{p}executionprovider" not in map(str.lower, onnxruntime.get_available_providers())
-    ]
-    if not missing:
-        pytest.skip("this machine has them all")
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("it is there")
     with server("link", bench.folder / "server.log") as arm:
         words = ("deploy", str(bench.bundle("link")), "--driver", "link", "--host", arm.host, "--out", str(bench.folder / "run"))
-        done = command_line(*words, "--engine", "onnx", "--provider", missing[0])
-    assert done.returncode == 2 and missing[0] in done.stderr.lower() and done.stderr.count("\n") == 1, done.stderr
+        done = command_line(*words, "--engine", "onnx", "--provider", "cuda")
+    assert done.returncode == 2 and "cuda" in done.stderr.lower() and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize(
