@@ -152,10 +152,10 @@ def deploy(
     return run
 
 
-def settle(run: Run, arm: SimProcess, seconds: float = 0.4) -> Run:
-    """Let the robot alone for a moment, end it and read its log."""
+def settle(run: Run, arm: SimProcess) -> Run:
+    """Let the robot alone for a moment, longer where nobody saw it come to rest; end it and read its log."""
     if arm.process.is_alive():
-        threading.Event().wait(seconds)
+        threading.Event().wait(0.3 if run.error is None else 1.2)
         arm.stop()
     run.log = read_server_log(arm.log)
     return run

@@ -39,6 +39,7 @@ SERVO_PRIORITY, DRIVER_PRIORITY = 50, 60
 _TEXT = 200
 _STALLED = 5.0  # [s] without coming nearer
 _ENDING = 3.0  # [s] the arm has to come to rest at the end
+_AT_REST = 0.1  # [s] for which everything must be as it should before the arm is armed
 _LOOKS = 50  # control periods between looks at the parent
 STATUS = np.dtype(
     [("t", "f8"), ("mode", "u1"), ("reached", "i4"), ("index", "i4"), ("position", "f8"), ("rotation", "f8"), ("plans", "i8")]
@@ -187,12 +188,14 @@ class Servo:
         """
         period, deadline = 1 / self.robot.control.rate, self.clock.now() + 60.0
         first, tick, refused = self.clock.now() + 0.2, 0, ["no measurement yet"]
+        since: float | None = None  # nothing was against it: an arm that swings is at rest twice a swing
         while True:
             now = self.clock.now()
             self.guard.measured(self.driver.read(), now)
             if now > first and self.port.ready:
                 refused = self.guard.refusals()
-                if not refused or now > first + 2.0:
+                since = None if refused else now if since is None else since
+                if since is not None and now - since >= _AT_REST or refused and now > first + 2.0:
                     break
             if now > deadline:
                 raise DriverError("the planner did not come up within 60 s", key="planner")
