@@ -155,7 +155,7 @@ def deploy(
 def settle(run: Run, arm: SimProcess) -> Run:
     """Let the robot alone for a moment, longer where nobody saw it come to rest; end it and read its log."""
     if arm.process.is_alive():
-        threading.Event().wait(0.3 if run.error is None else 1.2)
+        threading.Event().wait(1.2)
         arm.stop()
     run.log = read_server_log(arm.log)
     return run
@@ -179,18 +179,18 @@ def family(pid: int) -> list[int]:
 
 
 def driver_pid(run: Run) -> int:
-    """Return the driver's process: the control process's child that has the driver's name."""
-    return _child(run.deployment.servo_pid, 0)
+    """Return the driver's process."""
+    return _child(run.deployment.servo_pid, "mbctrl driver")
 
 
 def log_pid(run: Run) -> int:
-    """Return the log's process: the control process starts it after the driver's."""
-    return _child(run.deployment.servo_pid, 1)
+    """Return the log's process."""
+    return _child(run.deployment.servo_pid, "mbctrl log")
 
 
-def _child(pid: int, which: int) -> int:
-    spawned = [c for c in sorted(children(pid)) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return spawned[which]
+def _child(pid: int, name: str) -> int:
+    (found,) = [c for c in children(pid) if Path(f"/proc/{c}/comm").read_text().strip() == name]
+    return found
 
 
 def stop_for(pid: int, seconds: float) -> None:

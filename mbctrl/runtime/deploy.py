@@ -83,6 +83,8 @@ class Deployment:
             self._end()
 
     def _run(self) -> dict[str, Any]:
+        # Nothing here multiplies large matrices; without this every process keeps memory for a thread a core.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         try:
             self._start_planner()
             self._pipe, theirs = self._context.Pipe()

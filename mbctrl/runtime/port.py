@@ -14,7 +14,7 @@ from mbctrl.base.errors import MbctrlError
 from mbctrl.base.plan import Following, Plan, PlanRequest
 from mbctrl.runtime.bundle import Bundle, load_bundle
 from mbctrl.runtime.loop import PlannerPort
-from mbctrl.runtime.realtime import RealTime
+from mbctrl.runtime.realtime import RealTime, name_process
 from mbctrl.runtime.shared import Mailbox
 
 _INFO = ("best", "mean", "ess", "nonfinite", "cpu")
@@ -152,6 +152,7 @@ def serve_plans(job: PlannerJob, say: Any) -> None:
     """
     from mbctrl.runtime.planner import build_planner
 
+    name_process("mbctrl planner")
     try:
         bundle = load_bundle(job.bundle)
         if job.seal and bundle.seal != job.seal:

@@ -22,7 +22,7 @@ from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState, Status
 from mbctrl.runtime.process import answer, quiet_start, steady
-from mbctrl.runtime.realtime import AbsoluteClock, RealTime
+from mbctrl.runtime.realtime import AbsoluteClock, RealTime, name_process
 from mbctrl.runtime.shared import Mailbox, private_folder
 
 logger = logging.getLogger(__name__)
@@ -241,6 +241,7 @@ def _cause(code: int | None) -> str:
 
 def _serve(pipe: Connection, job: _Job) -> None:
     """Run the child: open the driver, pass states and commands on, and stop it however this ends."""
+    name_process("mbctrl driver")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     code = 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from mbctrl.runtime.clock import Clock
 
 # sys/mman.h, sys/prctl.h. On fault: what is used stays, and libraries of 200 MB of which a tenth is used do not all come in.
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT, _PR_SET_TIMERSLACK = 1, 2, 4, 29
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT, _PR_SET_TIMERSLACK, _PR_SET_NAME = 1, 2, 4, 29, 15
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _CLOCK_MONOTONIC, _TIMER_ABSTIME = 1, 1  # linux/time.h, the same on every architecture
 _LONGEST_SPIN = 200e-6  # [s]: under SCHED_FIFO nothing else runs on the core meanwhile
@@ -63,6 +63,12 @@ class RealTime:
         if not self.collect:
             gc.disable()
         return said
+
+
+def name_process(name: str) -> None:
+    """Have ps and top call this process ``name`` (15 characters of it), where the system can."""
+    if sys.platform.startswith("linux"):
+        _libc().prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
 
 
 def _attempt(what: str, permit: str, step: Callable[[], None]) -> list[str]:

@@ -21,6 +21,7 @@ from mbctrl.base.errors import DriverError, SpecError
 from mbctrl.base.extras import need
 from mbctrl.runtime.logfile import LogWriter
 from mbctrl.runtime.process import answer, quiet_start
+from mbctrl.runtime.realtime import name_process
 from mbctrl.runtime.shared import Mailbox, Ring, private_folder
 
 _TEXT = 240  # bytes of an event
@@ -181,6 +182,7 @@ def _shared(job: _Job) -> tuple[Ring, Ring, Mailbox]:
 
 def _serve(pipe: Connection, job: _Job) -> None:
     """Run the log process until the control side closes its end of the pipe or is gone."""
+    name_process("mbctrl log")
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))  # what is in the ring is still to be written
     answer(pipe, "log process", lambda: _log(pipe, job, asked))

@@ -28,7 +28,7 @@ from mbctrl.runtime.port import MailboxPort, Sizes
 from mbctrl.runtime.process import steady
 from mbctrl.runtime.progress import Progress
 from mbctrl.runtime.proxy import DriverProcess
-from mbctrl.runtime.realtime import AbsoluteClock, RealTime
+from mbctrl.runtime.realtime import AbsoluteClock, RealTime, name_process
 from mbctrl.runtime.recorder import Recorder
 from mbctrl.runtime.shared import Mailbox
 from mbctrl.runtime.watch import ArmWatch
@@ -103,7 +103,7 @@ class Servo:
 
     def __init__(self, job: ServoJob, say: Callable[[str], None]) -> None:
         self.job, self._say = job, say
-        self.notes = RealTime(SERVO_PRIORITY, lock=True, timer_slack=1e-6, freeze=False).apply() if job.realtime else []
+        self.notes: list[str] = []
         self.bundle: Bundle = load_bundle(job.bundle)
         if job.seal and self.bundle.seal != job.seal:
             raise DriverError("changed since the start", key=str(job.bundle))
@@ -133,6 +133,8 @@ class Servo:
         try:
             self._open(recorder)
             self.notes += self._process.notes
+            if self.job.realtime:  # not before: compiling at that priority would starve whatever else has to keep its times
+                self.notes += RealTime(SERVO_PRIORITY, lock=True, timer_slack=1e-6, freeze=False).apply()
             self.watch.obstacles([obstacle.at(0.0)[0] for obstacle in self.config.obstacles])
             self.guard = Guard(self.robot, self.watch, self.driver, self.job.guard)
             self.port = MailboxPort(self.job.folder, Sizes.of(self.bundle))
@@ -347,6 +349,7 @@ def _peak_memory() -> float:
 
 def serve_servo(pipe: Any, job: ServoJob) -> None:
     """Run the control process; sends ("say", text), then ("done", summary) or ("failed", error) through the pipe."""
+    name_process("mbctrl servo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
 

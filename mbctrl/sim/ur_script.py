@@ -164,7 +164,8 @@ class ControlScript:
         self.speed = (self.speed + (change - self.speed) * share).clip(-self._fastest, self._fastest)
         self.target = target
         # Smoothed as lookahead says, and without lag at constant speed: a target that comes late or twice is no step.
-        self._aim = self._aim + self.speed * period + (target - self._aim) * share
+        step = self.speed * period + (target - self._aim) * share
+        self._aim = self._aim + step.clip(-self._fastest * period, self._fastest * period)
         return JointCommand(self._aim, self.speed, *self._gains, self._zero)
 
     def _speed(self) -> JointCommand | None:
