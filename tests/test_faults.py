@@ -50,7 +50,7 @@ from mbctrl.runtime.driver import Status
 from mbctrl.runtime.ladder import Mode
 from mbctrl.runtime.watch import ArmWatch
 
-# Each takes five processes that keep real time for some seconds; a machine that stalls one of them for 20 ms has a fault of its own.
+# Each takes five processes that keep real time for seconds; a machine that stalls one of them for 20 ms has a fault of its own.
 pytestmark = pytest.mark.skipif(not os.environ.get("MBCTRL_FAULTS"), reason="minutes of real time: set MBCTRL_FAULTS=1")
 
 ALL, SENSING = ("link", "ur", "franka"), ("link", "franka")
