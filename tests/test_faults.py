@@ -51,7 +51,10 @@ from mbctrl.runtime.ladder import Mode
 from mbctrl.runtime.watch import ArmWatch
 
 # Each takes five processes that keep real time for seconds; a machine that stalls one of them for 20 ms has a fault of its own.
-pytestmark = pytest.mark.skipif(not os.environ.get("MBCTRL_FAULTS"), reason="minutes of real time: set MBCTRL_FAULTS=1")
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("MBCTRL_FAULTS"), reason="minutes of real time: set MBCTRL_FAULTS=1"),
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc"),
+]
 
 ALL, SENSING = ("link", "ur", "franka"), ("link", "franka")
 STANDSTILL = 1.5  # [s]
@@ -68,9 +71,6 @@ def over(*protocols: str) -> tuple[str, ...]:
 def over_pairs(values: tuple[Any, ...], *pairs: tuple[str, Any]) -> list[tuple[str, Any]]:
     """Return the pairs of protocol and value a row is tried over, every one where $MBCTRL_FAULTS is "all"."""
     return [(p, value) for p in ALL for value in values] if os.environ.get("MBCTRL_FAULTS") == "all" else list(pairs)
-
-
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
 @pytest.fixture(scope="module")
