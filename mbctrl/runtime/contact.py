@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbctrl.base.errors import DriverError
+from mbctrl.base.numbers import all_finite, some
 
 Function = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -78,17 +79,19 @@ class ContactObserver:
         if self._last is not None and stamp <= self._last[0]:
             return self._contact()
         p, beta = self._momentum(q, v), self._beta(q, v)
-        if not (np.isfinite(p).all() and np.isfinite(beta).all() and np.isfinite(tau).all()):
+        if not all_finite(p, beta, tau):
             raise DriverError("found a momentum, model torque or measured torque that is not finite", key="contact")
         if self._last is not None:
             then, p_before, beta_before = self._last
             dt, gain = stamp - then, self.settings.gain
             change = p - p_before - dt * (tau + 0.5 * (beta + beta_before))
             self.torque = (self.torque + gain * change) / (1 + gain * dt)
-            self._over = np.where(np.abs(self.torque) > self._thresholds, self._over + dt, 0.0)
+            self._over = (self._over + dt) * (np.abs(self.torque) > self._thresholds)
         self._last = stamp, p, beta
         return self._contact()
 
     def _contact(self) -> Contact:
+        if not some(self._over):
+            return Contact(self.torque, ())
         over = np.flatnonzero((self._over > 0) & (self._over >= self.settings.settle - 1e-9))
         return Contact(self.torque, tuple(int(joint) for joint in over))

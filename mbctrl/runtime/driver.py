@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from mbctrl.base.numbers import all_finite
+
 
 class Status(Enum):
     """What the robot says of itself."""
@@ -62,8 +64,7 @@ class JointCommand:
 
     def finite(self) -> bool:
         """Return whether every number is finite."""
-        parts = (self.q_ref, self.v_ref, self.stiffness, self.damping, self.torque)
-        return all(np.isfinite(part).all() for part in parts)
+        return all_finite(self.q_ref, self.v_ref, self.stiffness, self.damping, self.torque)
 
 
 class Driver(ABC):

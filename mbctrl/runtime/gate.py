@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import isfinite
 
 import numpy as np
 
 from mbctrl.base.errors import DriverError
+from mbctrl.base.numbers import all_finite, some
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import JointCommand, RobotState
 
@@ -58,22 +60,22 @@ class SafetyGate:
 
     def __call__(self, state: RobotState, command: JointCommand, now: float | None = None) -> tuple[JointCommand, bool]:
         """Return the command to send and whether anything was clamped; ``now`` [s], None: the measurement is of now."""
-        for name in ("q", "v", "tau", "gravity", "stamp"):
-            if not np.isfinite(getattr(state, name)).all():
-                raise DriverError("the robot reports a number that is not finite", key=f"state.{name}")
+        if not (isfinite(state.stamp) and all_finite(state.q, state.v, state.tau, state.gravity)):
+            name = next(name for name in ("q", "v", "tau", "gravity", "stamp") if not np.isfinite(getattr(state, name)).all())
+            raise DriverError("the robot reports a number that is not finite", key=f"state.{name}")
         before = self.counts.total()
         if not command.finite():
             self.counts["non-finite"] += 1
             command = self.hold(state)
         reference = command.q_ref.clip(self._low, self._high)
-        if (reference != command.q_ref).any() and command.stiffness.any():
+        if some(reference != command.q_ref) and some(command.stiffness):
             self.counts["position"] += 1
             command = replace(command, q_ref=reference)
         if self.follows == "position":  # the torque is the robot's own affair, and there is none to bound
             return command, self.counts.total() > before
         q, v = state.q[self._pick], state.v[self._pick]
         wanted = _torque(command, q, v, state)
-        if not np.isfinite(wanted).all():  # finite numbers whose product is not
+        if not all_finite(wanted):  # finite numbers whose product is not
             self.counts["non-finite"] += 1
             command = self.hold(state)
             wanted = np.nan_to_num(_torque(command, q, v, state))
@@ -105,11 +107,11 @@ class SafetyGate:
         fast = ((v >= self._speed) & (total > state.gravity)) | ((v <= -self._speed) & (total < state.gravity))
         out = ((q <= self._low) & (total < state.gravity)) | ((q >= self._high) & (total > state.gravity))
         for kind, mask in (("velocity", fast), ("position", out)):
-            if mask.any():
+            if some(mask):
                 self.counts[kind] += 1
                 total = np.where(mask, state.gravity, total)
         bounded = total.clip(-self._effort, self._effort)
-        if (bounded != total).any():
+        if some(bounded != total):
             self.counts["torque"] += 1
             total = bounded
         elapsed = 0.0 if self._last is None else now - self._last_stamp
@@ -125,7 +127,7 @@ class SafetyGate:
         last = last.clip(-self._effort, self._effort)
         step = self._rate * min(max(elapsed, 1e-4), self._period)
         limited = total.clip(last - step, last + step)
-        if (limited != total).any():
+        if some(limited != total):
             self.counts["torque rate"] += 1
             total = limited
         return total

@@ -9,12 +9,14 @@ import numpy as np
 
 from mbctrl.base.errors import DriverError
 from mbctrl.base.extras import need
+from mbctrl.base.numbers import all_finite, some
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.brake import MotionLimits, Stop
 
 _ROUNDING = 1e-9  # share of a limit that differences of rounded numbers may be off
 _INSIDE = 1e-8  # [rad] targets keep to the limits, so that a stop planned onto one does not end beyond it by rounding
 _TARGET_SPEED = 0.99  # share of the velocity limit up to which a moving target is followed: some has to be left to catch up
+_KINDS = ("non-finite", "position", "velocity", "acceleration", "jerk", "stopping distance")
 _TARGET_SHARE = 0.5  # share of the acceleration a moving target is expected to stop with before a position limit
 
 
@@ -74,7 +76,14 @@ class Limiter:
         self._input.max_acceleration = self.limits.acceleration.tolist()
         self._input.max_jerk = self.limits.jerk.tolist()
         self._input.target_position = self._input.target_velocity = self._input.target_acceleration = [0.0] * self._n
-        self._smooth = bool(np.isfinite(self.limits.jerk).all())
+        limits = self.limits
+        self._smooth = all_finite(limits.jerk)
+        self._bounds = np.array([limits.velocity, limits.allowed, limits.jerk]) * (1 + _ROUNDING)  # of v, a and jerk
+        self._half_per_jerk, self._per_acceleration = 0.5 / limits.jerk, 1 / limits.acceleration
+        self._firm = _TARGET_SHARE * limits.acceleration
+        self._ramp = self._firm**2 * self._half_per_jerk  # speed given away while the acceleration is brought up
+        self._zero, self._none = np.zeros(self._n), np.zeros(self._n, bool)
+        self._trajectory = ruckig.Trajectory(self._n)
         self.counts: Counter[str] = Counter()
         self._q: np.ndarray | None = None
 
@@ -82,7 +91,7 @@ class Limiter:
         """Begin at ``q`` (nu,) [rad] with ``v`` (nu,) [rad/s] (None: at rest); the first output is the step after it."""
         limits, self._q = self.limits, np.array(q, float)
         speed = np.zeros(self._n) if v is None else np.clip(v, -limits.velocity, limits.velocity)
-        if not (np.isfinite(self._q).all() and np.isfinite(speed).all()):
+        if not all_finite(self._q, speed):
             raise DriverError("a limiter cannot begin at a number that is not finite", key="limiter")
         self._v, self._a = speed, np.zeros(self._n)
         self._off, self._ticks = np.zeros(self._n, bool), np.zeros(self._n, int)  # off the stream, and far off for how many periods
@@ -94,6 +103,8 @@ class Limiter:
         if self._q is None:
             raise DriverError("the limiter was not reset to where the arm is", key="limiter")
         on = self._after(self._q, self._v, self._a)
+        if not some(self._off):
+            return on
         return tuple(np.where(self._off, mine, theirs) for mine, theirs in zip(self._motion, on))
 
     def __call__(self, reference: np.ndarray) -> Limited:
@@ -104,63 +115,58 @@ class Limiter:
         asked_v = (inside - self._asked) / dt
         v = (inside - self._q) / dt
         a = (v - self._v) / dt
-        jerk = (a - self._a) / dt
-        wrong = {"non-finite": ~finite, "position": finite & (inside != reference)}
-        wrong |= {kind: mask & finite for kind, mask in self._beyond(inside, v, a, jerk).items()}
-        off = np.logical_or.reduce(list(wrong.values()))
+        wrong = self._wrong(reference, finite, inside, v, a)
+        off = np.logical_or.reduce(wrong)
         joining = self._off & ~off
-        if joining.any():
+        if some(joining):
             off |= joining & ~self._meets(v, a, asked_v)
-        kinds = tuple(kind for kind, mask in wrong.items() if mask.any())
-        if off.any():
-            kinds = kinds or ("catching up",)
-            known = finite & ~wrong["position"]
-            self._motion = self._move(start, off, inside, np.where(known, asked_v, 0.0))
+        kinds: tuple[str, ...] = ()
+        q, speed = inside, v
+        if some(off):
+            kinds = tuple(kind for kind, joints in zip(_KINDS, wrong.tolist()) if True in joints) or ("catching up",)
+            self._motion = self._move(start, off, inside, np.where(wrong[0] | wrong[1], 0.0, asked_v))
             q, speed = np.where(off, self._motion[0], inside), np.where(off, self._motion[1], v)
             v = (q - self._q) / dt
             a = (v - self._v) / dt
-        else:
-            q, speed = inside, v
         self._asked, self._asked_v = inside, asked_v
         self._q, self._v, self._a, self._off = q, v, a, off
-        far = off & ~(np.abs(q - np.where(finite, reference, np.inf)) <= self._settings.deviation)
-        self._ticks = np.where(far, self._ticks + 1, 0)
+        far = off & ~(np.abs(q - reference) <= self._settings.deviation)  # what is not finite is far from everything
+        self._ticks = (self._ticks + 1) * far
         self.counts.update(kinds)
         lasting = float(self._ticks.max() * dt)
         return Limited(q, speed, off, kinds, lasting, lasting > self._settings.persistent)
 
     def _after(self, q: np.ndarray, v: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the motion that outputs with these last differences stand for."""
-        return (q, v + a * (self._dt / 2), a) if self._smooth else (q, v, np.zeros(self._n))
+        return (q, v + a * (self._dt / 2), a) if self._smooth else (q, v, self._zero)
 
-    def _beyond(self, q: np.ndarray, v: np.ndarray, a: np.ndarray, jerk: np.ndarray) -> dict[str, np.ndarray]:
-        """Return for each limit the joints that would be beyond it, with the way to a stop that is left after the step."""
-        limits, slack = self.limits, 1 + _ROUNDING
-        motion = self._after(q, v, a)
-        wrong = {
-            "velocity": (np.abs(v) > limits.velocity * slack) | self._too_fast(motion),
-            "acceleration": np.abs(a) > limits.allowed * slack,
-            "jerk": np.abs(jerk) > limits.jerk * slack,
-        }
-        hopeless = wrong["velocity"] | wrong["acceleration"] | wrong["jerk"]
-        wrong["stopping distance"] = ~hopeless & self._too_far(motion, hopeless)
+    def _wrong(self, reference: np.ndarray, finite: np.ndarray, q: np.ndarray, v: np.ndarray, a: np.ndarray) -> np.ndarray:
+        """Return (_KINDS, nu) what is wrong with which joint, with the way to a stop that is left after the step."""
+        motion, wrong = self._after(q, v, a), np.empty((len(_KINDS), self._n), bool)
+        wrong[0], wrong[1] = ~finite, q != reference
+        wrong[2:5] = np.abs(np.array([v, a, (a - self._a) / self._dt])) > self._bounds
+        wrong[2] |= self._too_fast(motion)
+        hopeless = np.logical_or.reduce(wrong[2:5])
+        wrong[5] = ~hopeless & self._too_far(motion, hopeless)
+        wrong[1:] &= finite
         return wrong
 
     def _too_fast(self, motion: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """Return the joints whose speed passes its limit before the acceleration can be taken back."""
         _, v, a = motion
-        peak = v + a * np.abs(a) / (2 * self.limits.jerk)
-        return np.maximum(np.abs(v), np.abs(peak)) > self.limits.velocity * (1 + _ROUNDING)
+        peak = v + a * np.abs(a) * self._half_per_jerk
+        return np.maximum(np.abs(v), np.abs(peak)) > self._bounds[0]
 
     def _too_far(self, motion: tuple[np.ndarray, np.ndarray, np.ndarray], ignored: np.ndarray) -> np.ndarray:
         """Return the joints that cannot stop before a position limit; ``ignored`` ones are not looked at."""
         q, v, a = motion
         limits = self.limits
         # Most steps are far from every limit; there a bound does: never faster than the peak, never longer than the three parts.
-        peak = np.abs(v) + a * a / (2 * limits.jerk)
-        bound = peak * (peak / limits.acceleration + (2 * np.abs(a) + limits.acceleration) / limits.jerk)
-        if ((q - bound > limits.low) & (q + bound < limits.high) | ignored).all():
-            return np.zeros(self._n, bool)
+        half = self._half_per_jerk
+        peak = np.abs(v) + a * a * half
+        bound = peak * (peak * self._per_acceleration + (4 * np.abs(a) + 2 * limits.acceleration) * half)
+        if not some(~((q - bound > limits.low) & (q + bound < limits.high) | ignored)):
+            return self._none
         low, high = self._stop((q, np.where(ignored, 0.0, v), np.where(ignored, 0.0, a))).reach()
         return ((low < limits.low) & (low < q)) | ((high > limits.high) & (high > q))
 
@@ -182,7 +188,7 @@ class Limiter:
         step = self._towards(start, off, target, speed)
         if step is not None:
             fine = ~(self._too_fast(step) | self._too_far(step, ~off))
-            if fine[off].all():
+            if not some(off & ~fine):
                 return step
         stop = self._stop(start).at(self._dt)
         return stop if step is None else tuple(np.where(fine, a, b) for a, b in zip(step, stop))
@@ -194,12 +200,10 @@ class Limiter:
 
         Planned in the frame that moves with the target, which is at rest there.
         """
-        limits, given, out = self.limits, self._input, self._ruckig.Trajectory(self._n)
+        limits, given, out, ramp = self.limits, self._input, self._trajectory, self._ramp
         target = target.clip(limits.low + _INSIDE, limits.high - _INSIDE)
         left = np.where(speed > 0, limits.high - target, target - limits.low)
-        firm = _TARGET_SHARE * limits.acceleration
-        ramp = firm**2 / (2 * limits.jerk)  # speed given away while the acceleration is brought up
-        most = np.minimum(np.sqrt(ramp**2 + 2 * firm * left) - ramp, _TARGET_SPEED * limits.velocity)
+        most = np.minimum(np.sqrt(ramp * ramp + 2 * self._firm * left) - ramp, _TARGET_SPEED * limits.velocity)
         speed = speed.clip(-most, most)
         given.enabled = off.tolist()
         given.current_position = (start[0] - target + speed * self._dt).tolist()

@@ -75,10 +75,10 @@ class _Boxes:
         self.beats.write(self._beat)
 
     def command(self, command: JointCommand) -> bool:
+        if not command.finite():
+            return False
         for row, part in enumerate(_PARTS):
             self._command[row] = getattr(command, part)
-        if not np.isfinite(self._command).all():  # in one go: this is called every period
-            return False
         self.commands.write(self._command)
         return True
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import isfinite
 
 import numpy as np
 
+from mbctrl.base.numbers import all_finite, some
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.driver import RobotState
 
@@ -73,6 +75,7 @@ class SensorCheck:
     def __init__(self, robot: Robot, settings: SensorSettings | None = None) -> None:
         self.settings, self._joints = settings or SensorSettings(), robot.joints
         self._period, self._speed = 1 / robot.control.rate, np.array(robot.limits.velocity)
+        self._fast = self.settings.jump * self._speed
         self._low, self._high = np.array(robot.limits.position_lower), np.array(robot.limits.position_upper)
         self._sizes = {"q": robot.nq, "v": robot.nq, "tau": robot.nu, "gravity": robot.nu}
         self.counts: Counter[str] = Counter()
@@ -149,22 +152,22 @@ class SensorCheck:
             part = np.asarray(getattr(state, name))
             if part.shape != (size,):
                 return f"{name} has shape {part.shape}, expected ({size},)"
-            if not np.isfinite(part).all():
+            if not all_finite(part):
                 return f"{name} is not finite"
-        return "" if np.isfinite(state.stamp) else f"the stamp is {state.stamp}"
+        return "" if isfinite(state.stamp) else f"the stamp is {state.stamp}"
 
     def _impossible(self, state: RobotState) -> str:
         """Return the joint that moves faster than it can, or nothing."""
-        fast = np.abs(state.v) - self.settings.jump * self._speed
-        if fast.max() > 0:
-            joint = int(fast.argmax())
+        over = np.abs(state.v) - self._fast
+        if some(over > 0):
+            joint = int(over.argmax())
             return f"{self._joints[joint]} moves at {state.v[joint]:.3g} rad/s, its limit is {self._speed[joint]:g} rad/s"
         if self._good is None:
             return ""
         moved = np.abs(state.q - self._good.q)
         elapsed = max(state.stamp - self._good.stamp, 0.0)
-        most = self.settings.jump * self._speed * elapsed + self.settings.slack
-        if (moved > most).any():
+        most = self._fast * elapsed + self.settings.slack
+        if some(moved > most):
             joint = int((moved - most).argmax())
             found, expected = f"{moved[joint]:.3g} rad in {1e3 * elapsed:.1f} ms", f"{most[joint]:.3g} rad"
             return f"{self._joints[joint]} jumped by {found}, expected at most {expected}"

@@ -41,6 +41,7 @@ _STALLED = 5.0  # [s] without coming nearer
 _ENDING = 3.0  # [s] the arm has to come to rest at the end
 _AT_REST = 0.1  # [s] for which everything must be as it should before the arm is armed
 _LOOKS = 50  # control periods between looks at the parent
+_GLANCE = 0.01  # [s] between looks at the way that is left to the goal
 STATUS = np.dtype(
     [("t", "f8"), ("mode", "u1"), ("reached", "i4"), ("index", "i4"), ("position", "f8"), ("rotation", "f8"), ("plans", "i8")]
     + [("latency", "f8"), ("planner", "u1"), ("log", "u1"), ("reason", f"S{_TEXT}")]
@@ -117,6 +118,7 @@ class Servo:
         self._record = np.zeros((), record_dtype(self.robot))
         self._squares, self._followed = 0.0, 0
         self._told, self._rearmed, self._finished = 0, 0, 0.0
+        self._glance = max(1, round(_GLANCE * self.robot.control.rate))
         self._best, self._best_at, self._stalled = np.inf, 0.0, -1
         self._trouble = self._armed = False
 
@@ -223,7 +225,7 @@ class Servo:
         guard, t = self.guard, tick.t
         self._log(tick)
         seen = guard.found.seen
-        if seen is not None:
+        if seen is not None and self.loop.counts.ticks % self._glance == 0:
             self.progress.update(t, tick.state.q, (seen.position, seen.rotation))
             self._stall(t)
             self._track(t)

@@ -61,11 +61,10 @@ class ArmWatch:
             raise BundleError(f"the watch program does not fit {self.n} joints", file=bundle.folder / ROLLOUT)
         self._at = places
         self._uniform = np.zeros(max(1, program.sizes["uniform"]))
-        self._most = 32  # states a call
-        self._start = np.zeros((self._size, self._most))
-        self._states = np.zeros((2, self._size, self._most))
-        self._commands = np.zeros((1, 1, self._most))
-        self._words = words
+        # Memory and job of each width that was asked for: making them costs more than the program.
+        self._prepared: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]] = {}
+        self._kept: list[np.ndarray] = []
+        self._words, self._looks = words, _STEP * np.array([0.0, -1.0, 1.0])
 
     def _places(self) -> dict[str, slice]:
         sizes = dict(zip(OUTPUTS, (self.n, self.n, self.n, 3, 9, 1, 1)))
@@ -78,32 +77,41 @@ class ArmWatch:
             self._uniform[place] = positions[int(name.split(".")[1])]
 
     def _evaluate(self, states: np.ndarray) -> np.ndarray:
-        """Return the outputs (size, k) at states (2 n, k); k at most 32."""
+        """Return the outputs (size, k) at states (2 n, k), until the next call."""
         count = states.shape[1]
         width = -(-count // self._width) * self._width
-        start = np.ascontiguousarray(self._start[:, :width])
+        if width not in self._prepared:
+            self._prepared[width] = self._prepare(width)
+        start, out, words, job, address = self._prepared[width]
         start[: 2 * self.n, :count] = states
         start[: 2 * self.n, count:] = states[:, -1:]
-        out = np.empty((2, self._size, width))
-        addresses = {"start": start, "states": out, "uniform": self._uniform, "commands": np.zeros((1, 1, width))}
-        pointers = {name: array.ctypes.data for name, array in addresses.items()}
-        job = self._words(blocks=self._native.blocks(width), samples=width, steps=1, **pointers)
-        self._native.run(job.ctypes.data, 0)
+        job[:] = words  # a run counts its blocks there
+        self._native.run(address, 0)
         return out[1, :, :count]
+
+    def _prepare(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        """Return start and outputs for ``width`` states, the job's words as they were at first, the job and its address."""
+        start, out, commands = np.zeros((self._size, width)), np.empty((2, self._size, width)), np.zeros((1, 1, width))
+        arrays = {"start": start, "states": out, "uniform": self._uniform, "commands": commands}
+        pointers = {name: array.ctypes.data for name, array in arrays.items()}
+        job = self._words(blocks=self._native.blocks(width), samples=width, steps=1, **pointers)
+        self._kept.append(commands)  # the job knows its address only
+        return start, out, job.copy(), job, job.ctypes.data
 
     def __call__(self, q: np.ndarray, v: np.ndarray) -> Seen:
         """Return what there is to see at joint positions ``q`` and velocities ``v`` (n,)."""
         states = np.empty((2 * self.n, 3))
-        states[: self.n] = q[:, None] + v[:, None] * (_STEP * np.array([0.0, -1.0, 1.0]))
+        states[: self.n] = q[:, None] + v[:, None] * self._looks
         states[self.n :] = v[:, None]
         found, at = self._evaluate(states), self._at
+        now, before, after = found[:, [0, 1, 2]].T
         # C' v = dM/dt v - C v, because dM/dt = C + C'.
-        change = (found[at["momentum"], 2] - found[at["momentum"], 1]) / (2 * _STEP)
-        now = {name: found[place, 0] for name, place in at.items()}
-        friction = self._damping * v + self._friction * np.tanh(v / _REST)
-        beta = change - now["bias"] - now["gravity"] - friction
-        rotation = now["rotation"].reshape(3, 3)
-        return Seen(now["momentum"], beta, now["gravity"], now["position"], rotation, float(now["scene"][0]), float(now["self"][0]))
+        change = (after[at["momentum"]] - before[at["momentum"]]) * (0.5 / _STEP)
+        friction = self._damping * v + self._friction * np.tanh(v * (1 / _REST))
+        gravity = now[at["gravity"]]
+        beta = change - now[at["bias"]] - gravity - friction
+        rotation, scene, itself = now[at["rotation"]].reshape(3, 3), float(now[at["scene"].start]), float(now[at["self"].start])
+        return Seen(now[at["momentum"]], beta, gravity, now[at["position"]], rotation, scene, itself)
 
     def clearance(self, q: np.ndarray) -> float:
         """Return the least distance [m] of the arm to obstacles and to itself over positions (T, n), T at most 32."""
