@@ -109,7 +109,7 @@ class Servo:
         if job.seal and self.bundle.seal != job.seal:
             raise DriverError("changed since the start", key=str(job.bundle))
         self.robot, self.config = self.bundle.robot, job.config
-        self.clock = AbsoluteClock(spin=100e-6 if job.realtime else 0.0)
+        self.clock = AbsoluteClock()
         realtime = RealTime(DRIVER_PRIORITY, inherit=True, timer_slack=1e-6) if job.realtime else RealTime()
         self._process = DriverProcess(self.robot, job.make, (self.robot,), job.options, realtime=realtime)
         self.driver = OnClock(self._process, self.clock)
