@@ -35,6 +35,7 @@ from mbctrl.sim.plant import Plant
 ROBOT = load_robot("panda")
 MODEL = mujoco.MjModel.from_xml_path(ROBOT.model_path)
 ZERO = np.zeros(7)
+MOVING = np.full(7, 0.5)  # [N·m]: more than holding the arm takes
 GAINS = np.asarray(ROBOT.control.stiffness), np.asarray(ROBOT.control.damping)
 PATIENT = 5.0  # [s], a driver's timeout on a machine that may be busy with anything
 HOST = f"127.{1 + os.getpid() // 250 % 250}.{1 + os.getpid() % 250}"  # the port is fixed: each run has addresses of its own
@@ -576,15 +577,15 @@ def test_twenty_periods_without_a_command(client: Client, monkeypatch: pytest.Mo
 def test_old_foreign_and_prophetic_commands_do_not_count(client: Client) -> None:
     client.start()
     for _ in range(5):
-        client.period(ZERO)
+        client.period(MOVING)
     ticks = client.plant.ticks
-    assert not client.period(ZERO, message_id=ticks - 1) and not client.period(ZERO, message_id=ticks + 100)
+    assert not client.period(MOVING, message_id=ticks - 1) and not client.period(MOVING, message_id=ticks + 100)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         command = np.zeros((), fci.COMMAND)
         command["message_id"] = client.plant.ticks
         other.sendto(command.tobytes(), (client.wire.host, fci.PORT))
         assert not client.period()
-    assert client.period(ZERO)
+    assert client.period(MOVING)
 
 
 def test_what_a_client_asks_for(client: Client) -> None:

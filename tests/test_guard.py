@@ -97,7 +97,7 @@ class Bench:
         """Every reference sent, and every difference of them, is within the limits."""
         limits, slack = MotionLimits.of(self.robot), 1 + 1e-6
         rows = [command.q_ref for command in self.sent if command.stiffness.any()]
-        q = np.array([np.array(self.robot.home)] * 3 + rows)
+        q = np.array([np.array(self.robot.home)] * 4 + rows)  # at rest before, also where nothing was sent
         assert np.isfinite(q).all()
         assert (q >= limits.low - 1e-9).all() and (q <= limits.high + 1e-9).all()
         for order, limit in ((1, limits.velocity), (2, limits.allowed), (3, limits.jerk)):
