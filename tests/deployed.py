@@ -130,12 +130,14 @@ def deploy(
     done: Callable[[Any, Run], bool] | None = None,
     duration: float = 6.0,
     hold: float = 5.0,
+    goal: dict[str, Any] | None = None,
     **options: Any,
 ) -> Run:
     """Run ``bundle`` on ``arm`` to the end; the log is read when the robot has come to its own end."""
     out.mkdir()
     loaded = load_bundle(bundle)
-    settings = validate(RunConfig, merged(loaded.config.model_dump(), {"duration": duration}), bundle)
+    changes = {"duration": duration, **({} if goal is None else {"goal": goal})}
+    settings = validate(RunConfig, merged(loaded.config.model_dump(), changes), bundle)
     make = import_name(DRIVERS[protocol], DRIVERS, file="test", key="driver")
     job = ServoJob(
         bundle, Path(), out, settings, make, {"host": arm.host, **options}, guard=GuardSettings(hold=hold), seal=loaded.seal

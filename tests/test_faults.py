@@ -298,6 +298,17 @@ def test_an_arm_that_comes_too_near_to_itself_stops(protocol: str, bench: Bench)
     assert verdict.violations == 0 and np.abs(run.log.v[-1]).max() < 0.01
 
 
+@pytest.mark.parametrize("protocol", over("link", "ur"))
+def test_a_target_out_of_reach_is_said_and_the_arm_stays(protocol: str, bench: Bench) -> None:
+    """Row 14."""
+    away = {"position": (1.5, 0.2, 0.6), "rpy": None}  # [m]: neither arm is that long
+    run = bench(protocol, goal={"targets": [away, away]}, duration=9.0)
+    assert any("NO_PROGRESS" in line and "target 1" in line for line in run.said), run.said
+    assert not run.summary["reached"] and run.changes[-1][0] is Mode.STOP and not run.faults
+    whole, late = run.judged(float(run.log.t[0])), run.log.t > run.log.t[-1] - 3.5
+    assert whole.violations == 0 and np.abs(run.log.v[late]).max() < 0.3 and np.ptp(run.log.q[late], 0).max() < 0.1
+
+
 # --- measurements: rows 2, 4, 5 ---------------------------------------------------------------------------------------
 
 

@@ -261,9 +261,9 @@ class Servo:
         due = not progress.done and progress.count > 0 and t - self._best_at > _STALLED
         if due and progress.index != self._stalled:
             self._stalled = progress.index
-            self.recorder.event(
-                t, "warning", f"NO_PROGRESS: {progress.position_error * 1e3:.1f} mm from target {progress.index + 1}"
-            )
+            text = f"NO_PROGRESS: {progress.position_error * 1e3:.1f} mm from target {progress.index + 1} for {_STALLED:g} s"
+            self.recorder.event(t, "warning", text)
+            self._say(text)
 
     def _track(self, t: float) -> None:
         """Sum up how far the tool is from a moving target, after the first lap and while plans are followed."""
