@@ -20,8 +20,10 @@ from mbctrl.runtime.sensors import Reading, SensorCheck, SensorSettings, Verdict
 from mbctrl.runtime.watch import ArmWatch, Seen
 
 _REST = 0.02  # [rad/s]
-_SPEED_SHARE = 0.95  # of the velocity limits for references: an arm that follows them overshoots a little
-_FIRM = 20.0  # [rad/s²], for references to an arm that follows positions and names no limit: none could follow a step of speed
+# Of the velocity limits for references: an arm that follows them overshoots a little. A position servo that smooths what it
+# follows over 30 ms overshoots by some 20 ms times the acceleration that the reference had when it came to its speed.
+_SPEED_SHARE, _SPEED_SHARE_OF_POSITIONS = 0.95, 0.9
+_FIRM = 8.0  # [rad/s²], for references to an arm that follows positions and names no limit: none could follow a step of speed
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ class Guard(Guarding):
 def _modest(robot: Robot, position: bool) -> Robot:
     """Return the robot with the limits references are kept to, so that the arm keeps to its own."""
     limits = robot.limits
-    changes: dict[str, tuple[float, ...]] = {"velocity": tuple(_SPEED_SHARE * speed for speed in limits.velocity)}
+    share = _SPEED_SHARE_OF_POSITIONS if position else _SPEED_SHARE
+    changes: dict[str, tuple[float, ...]] = {"velocity": tuple(share * speed for speed in limits.velocity)}
     if position and limits.acceleration is None:
         changes["acceleration"] = (_FIRM,) * robot.nq
     return robot.model_copy(update={"limits": limits.model_copy(update=changes)})
