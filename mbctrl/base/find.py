@@ -62,5 +62,7 @@ def find(folder: str, name: str, *, file: str | Path | None = None, key: str | N
         return known[name]
     if path.suffix or os.sep in name:
         raise SpecError("no such file", file=file or name, key=None if file is None else f"{key}: {name}")
-    what = {"parameters": "parameter file", "launch": "scenario", "calibration": "recipe", "learning": "recipe"}.get(folder, folder.rstrip("s"))
+    what = {"parameters": "parameter file", "launch": "scenario", "calibration": "recipe", "learning": "recipe"}.get(
+        folder, folder.rstrip("s")
+    )
     raise SpecError(f"unknown {what} '{name}'{suggest(name, known)}", file=file, key=key)

@@ -135,7 +135,8 @@ class HybridDynamics:
         gate = self.gate.between(x[:n], after[:n])
         # Nothing times what is not a number is not nothing: far away the physics is all there is.
         more = torch.where(gate > 0, gate * self.missed(x, u), torch.zeros((), dtype=self.dtype)) * part
-        return torch.cat((after[:n] + self.dt * more, after[n:] + more))
+        drift = 0.5 * self.dt if self.base.integrator == "leapfrog" else self.dt  # how long the new v moves q
+        return torch.cat((after[:n] + drift * more, after[n:] + more))
 
     def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""

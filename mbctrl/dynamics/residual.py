@@ -1,8 +1,8 @@
 """A learned model as data: an ensemble of small networks, on top of the physics or in its place; numpy only.
 
 With state x = [q, v], command u and the analytic step f, ``v' = v'_f + g S mean_e r_e(e(x, u))`` and ``q' = q'_f + h g S …``: what
-is learned is the velocity the physics missed, which integrates into position, so that it never tears q from v. e encodes every
-angle as sine and cosine. g is 1 at contact and exactly 0 farther away than ``far``, where the physics is all there is.
+is learned is the velocity the physics missed, which integrates into position as the step's own does (leapfrog: over h / 2), so
+that it never tears q from v. e encodes every angle as sine and cosine. g is 1 at contact and exactly 0 farther away than ``far``, where the physics is all there is.
 
 With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h v'``, and g is 1 everywhere.
 """
@@ -72,6 +72,7 @@ class Residual:
         base: ``analytic`` or ``identity``.
         spread: None for networks that give means only.
         encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
+        integrator: of the analytic model it was learnt on top of.
         seed: of the training.
         versions: of the programs that made it.
     """
@@ -90,6 +91,7 @@ class Residual:
     base: str = "analytic"
     spread: Spread | None = None
     encode_angles: bool = True
+    integrator: str = "euler"
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -128,6 +130,7 @@ class Residual:
             "base": self.base,
             "activation": self.activation,
             "encode_angles": self.encode_angles,
+            "integrator": self.integrator,
             "seed": self.seed,
             "versions": dict(self.versions),
             "surfaces": [surface.model_dump(mode="json") for surface in self.surfaces],
@@ -137,7 +140,17 @@ class Residual:
         write_whole(path, data.getvalue())
 
 
-def load_residual(path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt: float | None = None) -> Residual:
+def peek(path: str | Path) -> tuple[str, float]:
+    """Return whose a learned model is and its time step [s]; SpecError for a file that is none."""
+    about, arrays = _read(path)
+    if not isinstance(about.get("robot"), str) or "dt" not in arrays or arrays["dt"].shape:
+        raise SpecError("is no learned model", file=path)
+    return about["robot"], float(arrays["dt"])
+
+
+def load_residual(
+    path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt: float | None = None, integrator: str | None = None
+) -> Residual:
     """Load a learned model.
 
     Args:
@@ -145,6 +158,7 @@ def load_residual(path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt
         robot: the arm it is to be of.
         revolute: which of its joints turn.
         dt: the time step [s] it is to be used at; None: its own. A model without physics knows no other than its own.
+        integrator: of the analytic model it is to be used on top of; None: its own.
 
     Errors:
         SpecError: for a file that is none, of another format, of another arm, or whose numbers are none.
@@ -163,6 +177,8 @@ def load_residual(path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt
     _check(residual, path, revolute, robot.nu)
     if residual.base == "identity" and dt is not None and abs(dt - residual.dt) > 1e-9:
         raise SpecError(f"a model without physics has one time step, {residual.dt:g} s; expected {dt:g} s", file=path, key="dt")
+    if residual.base == "analytic" and integrator not in (None, residual.integrator):
+        raise SpecError(f"was learnt on top of '{residual.integrator}', found '{integrator}'", file=path, key="integrator")
     return residual
 
 
@@ -198,6 +214,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         base=about["base"],
         spread=spread,
         encode_angles=bool(about["encode_angles"]),
+        integrator=str(about["integrator"]),
         seed=int(about["seed"]),
         versions=dict(about["versions"]),
     )

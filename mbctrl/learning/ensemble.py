@@ -34,7 +34,14 @@ class Ensemble:
     """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], outputs: int, members: int, activation: str, variance: bool, generator: torch.Generator
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        outputs: int,
+        members: int,
+        activation: str,
+        variance: bool,
+        generator: torch.Generator,
     ) -> None:
         sizes = (inputs, *hidden, 2 * outputs if variance else outputs)
         self.outputs, self.activation, self.variance = outputs, activation, variance

@@ -1,4 +1,4 @@
-"""Judging models on transitions they have not seen: open-loop errors over many steps, and whether intervals hold what they promise."""
+"""Judging models on transitions they have not seen: errors in open loop, and whether intervals hold what they promise."""
 
 from __future__ import annotations
 

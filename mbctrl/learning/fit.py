@@ -20,6 +20,12 @@ from mbctrl.learning.samples import Samples
 
 _LEAST = 10  # samples of a robot's that anything can be learnt from
 _JUDGED = 30  # samples from which a quantile is taken
+BETA = 0.5
+"""Samples count with this power of the variance their own networks give them (Seitzer et al., "On the pitfalls of
+heteroscedastic uncertainty estimation with probabilistic neural networks", 2022), else what looks noisy at first is not learnt.
+Measured: on 2000 synthetic samples whose noise varies twentyfold the error of the mean is 0.112 / 0.089 / 0.081 / 0.078 and the
+log-likelihood 1.457 / 1.460 / 1.454 / 1.418 at powers 0 / 0.25 / 0.5 / 1; a fully learned peg on a spring is off by 15 to 25 /
+1.8 to 3.4 / 1.7 to 2.0 mm after 25 steps with an impact at powers 0 / 0.25 / 0.5 (means only, squared errors: 2.0 to 2.4)."""
 NORMAL_90 = 1.6448536269514722
 """Half a 90 % interval of a normal distribution, in standard deviations."""
 
@@ -139,7 +145,7 @@ class _Search:
         batch, total = min(self.spec.batch, len(learned)), 0.0
         drawn = torch.multinomial(chances, steps * batch, replacement=True, generator=generator)
         for index in drawn.split(batch, 1):  # (E, batch)
-            loss = losses(self.nets, learned.inputs[index], learned.target[index], learned.gate[index]).mean(1)
+            loss = losses(self.nets, learned.inputs[index], learned.target[index], learned.gate[index], BETA).mean(1)
             self._adam.zero_grad()
             loss.sum().backward()
             self._adam.step()
@@ -152,16 +158,16 @@ class _Search:
                 kept[better] = parameter[better]
 
 
-def losses(nets: Ensemble, inputs: Tensor, target: Tensor, gate: Tensor) -> Tensor:
+def losses(nets: Ensemble, inputs: Tensor, target: Tensor, gate: Tensor, beta: float = 0.0) -> Tensor:
     """Return (E, B): negative log-likelihoods, up to a constant, or half squared errors where the networks give means only.
 
     What is predicted is g mu with deviation g s. The likelihood counts with g²: the squared error of what is predicted, which
-    stays finite where the gate closes, in ``(d - g mu)² / 2 s² + g² log s``.
+    stays finite where the gate closes, in ``(d - g mu)² / 2 s² + g² log s``; and with s to the power of 2 ``beta``, held fixed.
     """
     mean, log = nets(inputs)
     gate = gate[..., None]
     error = (target - gate * mean).square()
-    return (0.5 * (error * (-log).exp() + gate.square() * log)).mean(-1)
+    return (0.5 * (beta * log).detach().exp() * (error * (-log).exp() + gate.square() * log)).mean(-1)
 
 
 def drawing(samples: Samples, members: int, rng: np.random.Generator) -> Tensor:
@@ -193,9 +199,7 @@ def recalibrated(nets: Ensemble, held: Samples) -> np.ndarray:
     return np.maximum(scale, 1e-3)
 
 
-def _file(
-    layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers, model: Model, recipe: LearningRecipe
-) -> Residual:
+def _file(layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers, model: Model, recipe: LearningRecipe) -> Residual:
     n, robot = model.tree.n, model.robot
     bounds = (np.full(n, LOWEST), np.full(n, HIGHEST), np.ones(n))
     return Residual(
@@ -211,6 +215,7 @@ def _file(
         base=recipe.base,
         spread=Spread(*bounds) if recipe.network.variance else None,
         encode_angles=recipe.network.encode_angles,
+        integrator=recipe.integrator,
         seed=recipe.training.seed,
         versions={"mbctrl": __version__, "torch": version("torch"), "numpy": version("numpy")},
     )

@@ -45,7 +45,7 @@ class TrainingSpec(Spec):
     epochs: Count = 200
     patience: Count = 20
     batch: Count = 256
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 3e-3
     impact_weight: Positive = 4.0
     validation: Share = 0.15
     test: Share = 0.15

@@ -1,4 +1,4 @@
-"""From transitions to what networks are trained on: encoded inputs, the velocity the base missed, the gate, how often each is drawn."""
+"""From transitions to what networks are trained on: inputs, the velocity the base missed, the gate, how often each is drawn."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def analytic_model(model: Model, dt: float, integrator: str = "euler") -> RigidB
     return RigidBodyDynamics(model.tree, dt, **drive_settings(model.robot), integrator=integrator, dtype=torch.float64)
 
 
-def learned_model(model: Model, residual: Residual, integrator: str = "euler") -> HybridDynamics:
-    """Return a learned model in double precision, at the time step it was learnt for."""
-    base = analytic_model(model, residual.dt, integrator)
+def learned_model(model: Model, residual: Residual, dt: float | None = None) -> HybridDynamics:
+    """Return a learned model in double precision, at a time step [s]; None: the one it was learnt for."""
+    base = analytic_model(model, residual.dt if dt is None else dt, residual.integrator)
     return HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
@@ -57,7 +57,9 @@ class Samples:
     def take(self, mask: np.ndarray) -> Samples:
         """Return those of a mask (T,)."""
         index = torch.from_numpy(np.flatnonzero(mask))
-        return Samples(self.inputs[index], self.target[index], self.gate[index], self.draw[index], self.episode[mask], self.contact[mask])
+        return Samples(
+            self.inputs[index], self.target[index], self.gate[index], self.draw[index], self.episode[mask], self.contact[mask]
+        )
 
 
 def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -> Samples:

@@ -154,7 +154,9 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
-    return RigidBodyDynamics(model.tree, dynamics.dt, **drive_settings(model.robot), integrator=dynamics.integrator, device=dynamics.device)
+    return RigidBodyDynamics(
+        model.tree, dynamics.dt, **drive_settings(model.robot), integrator=dynamics.integrator, device=dynamics.device
+    )
 
 
 def hybrid_of(
@@ -172,7 +174,7 @@ def hybrid_of(
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
         raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
-    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt)
+    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
