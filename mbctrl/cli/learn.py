@@ -147,7 +147,7 @@ def _told(epoch: Epoch) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-6 else "0"
+    return "0" if value < 1e-6 else f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def _screen(errors: Sequence[Errors]) -> None:

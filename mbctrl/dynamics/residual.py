@@ -2,7 +2,8 @@
 
 With state x = [q, v], command u and the analytic step f, ``v' = v'_f + g S mean_e r_e(e(x, u))`` and ``q' = q'_f + h g S …``: what
 is learned is the velocity the physics missed, which integrates into position as the step's own does (leapfrog: over h / 2), so
-that it never tears q from v. e encodes every angle as sine and cosine. g is 1 at contact and exactly 0 farther away than ``far``, where the physics is all there is.
+that it never tears q from v. e encodes every angle as sine and cosine. g is 1 at contact and exactly 0 farther away than
+``far``, where the physics is all there is.
 
 With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h v'``, and g is 1 everywhere.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field
@@ -184,10 +187,10 @@ def load_residual(
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
             about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise SpecError(f"is no learned model: {error}", file=path) from None
     if not isinstance(about, dict):
         raise SpecError("is no learned model", file=path)

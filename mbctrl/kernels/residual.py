@@ -34,7 +34,7 @@ class TracedResidual:
 
     def __init__(self, residual: Residual, capsules: list[tuple[np.ndarray, np.ndarray, float, int]], tool: Frame) -> None:
         if residual.base != "analytic":
-            raise ModelError("a fully learned model is not compiled")
+            raise ModelError("a fully learned model (base: identity) is not compiled yet")
         self.residual, self._capsules, self._link = residual, capsules, tool.link
         layers = residual.folded()
         sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))

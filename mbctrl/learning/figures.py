@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from mbctrl.calibrate.drawing import GREY, SERIES, SHADE, legend, styled, svg
 from mbctrl.learning.evaluate import KINDS, Errors
@@ -30,6 +31,7 @@ def draw_compounding(errors: Sequence[Errors], dt: float) -> str:
                 axes.plot(time, np.maximum(middle, _SMALLEST), color=colour, label=one.name)
                 axes.fill_between(time, np.maximum(middle, _SMALLEST), np.maximum(high, _SMALLEST), color=colour, alpha=0.15, lw=0)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.set_title(kind)
             axes.set_xlabel("time ahead [s]")
         panels[0].set_ylabel("tool error [mm]")
