@@ -100,8 +100,10 @@ def millimetres(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number to three digits; nothing where there is none."""
-    return "" if np.isnan(value) else "∞" if np.isinf(value) else f"{value:.3g}"
+    """Return an error to three digits; nothing where there is none."""
+    if not np.isfinite(value):
+        return "" if np.isnan(value) else "∞"
+    return "0" if value == 0 else "< 1e-6" if value < 1e-6 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _header(seen: Evaluation) -> dict[str, Any]:

@@ -59,22 +59,20 @@ def from_run(path: str | Path, source: Source) -> Transitions:
     t, q, v, u = log["t"], log["q"], log["v"], log["u"]
     starts = np.arange(0, len(t) - every, every)
     lasts = np.abs(t[starts + every] - t[starts] - source.dt) < 0.5 * period
-    clamped = np.add.reduceat(log["gate.clamped"] > 0, starts) if len(starts) else np.zeros(0)
-    kept = starts[lasts & (clamped == 0)]
-    sums = np.concatenate([np.zeros((1, u.shape[1])), np.cumsum(u, 0)])
+    clamped = _summed(log["gate.clamped"] > 0, every)[starts] > 0
+    kept = starts[lasts & ~clamped]
     x = np.hstack([q, v])
-    contact = _flag(log, starts, every)[lasts & (clamped == 0)]
+    contact = _summed(log["contact"] > 0, every)[kept] > 0 if "contact" in log else np.zeros(len(kept), bool)
     gap = log["gap"][kept] if "gap" in log else np.full(len(kept), np.nan)
-    mean = (sums[kept + every] - sums[kept]) / every
+    mean = _summed(u, every)[kept] / every
     known = {"contact": contact, "gap": gap, "t": t[kept], "row": kept + 1, "files": (str(path),)}
     return made(source, x[kept], mean, x[kept + every], **known)
 
 
-def _flag(log: Log, starts: np.ndarray, every: int) -> np.ndarray:
-    if "contact" not in log or not len(starts):
-        return np.zeros(len(starts), bool)
-    touching = log["contact"] > 0
-    return np.array([touching[i : i + every + 1].any() for i in starts])
+def _summed(values: np.ndarray, every: int) -> np.ndarray:
+    """Return for each row the sum of so many from it on, (T - every + 1, …)."""
+    total = np.cumsum(values, 0, dtype=float)
+    return total[every - 1 :] - np.concatenate([np.zeros_like(total[:1]), total[:-every]])
 
 
 def _whose(log: Log, source: Source, path: str | Path) -> None:

@@ -92,9 +92,9 @@ class Transitions:
         return self.files[int(self.file[index])], int(self.row[index])
 
     def impacts(self) -> np.ndarray:
-        """Return (T,) whether contact began or ended with a transition: it differs from the one before in its episode."""
+        """Return (T,) whether contact began or ended with a transition: it differs from the one before."""
         changed = np.zeros(len(self), bool)
-        changed[1:] = (self.contact[1:] != self.contact[:-1]) & (self.episode[1:] == self.episode[:-1])
+        changed[1:] = (self.contact[1:] != self.contact[:-1]) & self.follows()[1:]
         return changed
 
     def follows(self) -> np.ndarray:
@@ -159,12 +159,12 @@ def concatenate(parts: Sequence[Transitions]) -> Transitions:
 
 def cut(transitions: Transitions, length: float) -> Transitions:
     """Return the same with episodes no longer than ``length`` [s]: pieces of a long run that are held out one by one."""
-    begins = np.zeros(len(transitions), bool)
-    start = None
-    for i, (episode, t) in enumerate(zip(transitions.episode, transitions.t)):
-        if start is None or episode != start[0] or t - start[1] >= length - 0.5 * transitions.source.dt:
-            start, begins[i] = (episode, t), True
-    return replace(transitions, episode=np.cumsum(begins) - 1)
+    _, own = np.unique(transitions.episode, return_inverse=True)
+    begin = np.full(int(own.max(initial=0)) + 1, np.inf)
+    np.minimum.at(begin, own, transitions.t)
+    piece = np.floor((transitions.t - begin[own]) / length + 1e-6).astype(int)
+    _, episode = np.unique(np.stack([own, piece], 1), axis=0, return_inverse=True)
+    return replace(transitions, episode=episode.reshape(-1))
 
 
 def split(transitions: Transitions, shares: tuple[float, float], seed: int) -> Iterator[Transitions]:
