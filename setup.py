@@ -44,6 +44,15 @@ EXTRAS = {
         "scipy>=1.13,<2",
         "torch>=2.6,<3",
     ],
+    "learn": [
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.9,<4",
+        "mujoco>=3.17,<4",
+        "pin>=3.4,<5",
+        "pyarrow>=17,<27",
+        "scipy>=1.13,<2",
+        "torch>=2.6,<3",
+    ],
     "export": [
         "llvmlite>=0.46,<1",
         "mujoco>=3.17,<4",
@@ -74,7 +83,7 @@ EXTRAS = {
     ],
 }
 
-ALL = ("sim", "calibrate", "viewer", "export", "deploy")
+ALL = ("sim", "calibrate", "learn", "viewer", "export", "deploy")
 
 
 class BuildWithShare(build_py):
@@ -102,7 +111,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "."},
     packages=find_packages(include=["mbctrl", "mbctrl.*"]),
-    package_data={"mbctrl.calibrate": ["*.j2"]},
+    package_data={"mbctrl.calibrate": ["*.j2"], "mbctrl.learning": ["*.j2"]},
     install_requires=["numpy>=1.26,<3", "pydantic>=2.9,<3", "pyyaml>=6,<7", "rich>=13,<16", "tyro>=0.9,<2"],
     extras_require={**EXTRAS, "all": [need for extra in ALL for need in EXTRAS[extra]]},
     entry_points={"console_scripts": ["mbctrl = mbctrl.cli.main:main"]},

@@ -77,7 +77,8 @@ def write_ensemble(path: Path, name: str, networks: int, hidden: tuple[int, ...]
     layers = tuple((rng.normal(0, a**-0.5, (networks, b, a)), np.zeros((networks, b))) for a, b in zip(sizes, sizes[1:]))
     table = Obstacle(name="table", shape="plane", position=(0.0, 0.0, 0.2))
     one, small = np.ones(sizes[0]), np.full(robot.nq, 0.01)  # [rad/s]
-    Residual(layers, "tanh", 0 * one, one, small, (table,), near=0.05, far=0.5, dt=config.dynamics.dt).save(path)
+    made = Residual(layers, "tanh", 0 * one, one, small, 0.05, 0.5, config.dynamics.dt, robot.name, robot.joints, (table,))
+    made.save(path)
 
 
 def torch_controller(of: Exported) -> MpcController:

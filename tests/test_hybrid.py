@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def residual_of(model: Model, members: int = 3, hidden: tuple[int, ...] = (9, 5)
         "near": 0.05,
         "far": 0.3,
         "dt": 0.02,
+        "robot": model.robot.name,
+        "joints": model.robot.joints,
     }
     return Residual(layers, **{**parts, **changes})
 
@@ -73,7 +76,7 @@ def test_the_residual_is_the_formula(panda: Model) -> None:
     u = torch.randn(7, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
     after, physics = hybrid.step(x, u), hybrid.base.step(x, u)
     q, v, command = x[:n].numpy(), x[n:].numpy(), u.numpy()
-    y = np.concatenate([np.sin(q), np.cos(q), v, command - q])
+    y = np.concatenate([np.sin(q), np.cos(q), v, command])  # torques
     y = (y - residual.input_mean[:, None]) / residual.input_scale[:, None]
     outputs = []
     for e in range(residual.members):
@@ -103,7 +106,7 @@ def test_the_gate_is_one_at_contact_none_far_away_and_smooth_between(panda: Mode
     q = torch.tensor(panda.robot.home, dtype=F64)[:, None].repeat(1, 400)
     q[3] = torch.linspace(-2.6, -0.8, 400)  # the elbow stretches, the tool goes down and out
     gates, heights = hybrid.gate(q), []
-    for a, b, radius, link in hybrid._capsules:
+    for a, b, radius, link in hybrid.gate.capsules:
         ends = hybrid.base.points(hybrid.base.poses(q), link, np.stack([a, b]))
         heights.append(torch.minimum(ends[0][2], ends[1][2]) - 0.35 - radius)
     height = torch.stack(heights).min(0).values
@@ -116,7 +119,8 @@ def test_the_gate_is_one_at_contact_none_far_away_and_smooth_between(panda: Mode
 def test_kernels_have_the_same_residual(name: str, activation: str) -> None:
     model = load_model(name)
     residual = residual_of(model, activation=activation, near=0.2, far=1.5)
-    base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, dtype=F64)
+    integrator = "leapfrog" if name == "arm2" else "euler"
+    base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, integrator=integrator, dtype=F64)
     hybrid = HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
     kernel = kernel_dynamics(base, CpuEngine(shared_pool(0), np.float64), traced_residual(hybrid))
     x, nu = 0.5 * states(model, 33), model.robot.nu
@@ -133,20 +137,18 @@ def test_kernels_have_the_same_residual(name: str, activation: str) -> None:
 def test_a_file_holds_all_of_it_and_nothing_else_passes(panda: Model, tmp_path: Path) -> None:
     residual, path = residual_of(panda), tmp_path / "residual.npz"
     residual.save(path)
-    loaded = load_residual(path, panda.tree.revolute, 7)
+    loaded = load_residual(path, panda.robot, panda.tree.revolute)
     for (a, b), (c, d) in zip(residual.layers, loaded.layers):
         assert np.array_equal(a, c) and np.array_equal(b, d)
     assert loaded.surfaces == residual.surfaces and (loaded.near, loaded.far, loaded.dt) == (0.05, 0.3, 0.02)
-    with pytest.raises(SpecError, match=r"expected 10 inputs, 2 outputs .* found \(28, 7\)"):
-        load_residual(path, (True, True), 4 - 0)
+    with pytest.raises(SpecError, match=r"residual.npz: layers: expected 27 inputs and 7 outputs, found 28 and 7"):
+        load_residual(path, panda.robot, (False, *panda.tree.revolute[1:]))
     (tmp_path / "text.npz").write_text("no numbers")
-    with pytest.raises(SpecError, match="is no residual"):
-        load_residual(tmp_path / "text.npz", panda.tree.revolute, 7)
-    residual_of(panda, output_scale=np.full(7, 0.1)).save(path)
-    bad = Residual(((np.full((1, 7, 28), np.nan), np.zeros((1, 7))),), **{k: v for k, v in vars(residual).items() if k != "layers"})
-    bad.save(path)
-    with pytest.raises(SpecError, match="not finite"):
-        load_residual(path, panda.tree.revolute, 7)
+    with pytest.raises(SpecError, match="is no learned model"):
+        load_residual(tmp_path / "text.npz", panda.robot, panda.tree.revolute)
+    replace(residual, layers=((np.full((1, 7, 28), np.nan), np.zeros((1, 7))),)).save(path)
+    with pytest.raises(SpecError, match="residual.npz: w0: .* not finite"):
+        load_residual(path, panda.robot, panda.tree.revolute)
 
 
 def test_a_run_plans_with_its_residual(panda: Model, tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ LAYERS: dict[str, tuple[set[str], set[str] | None]] = {
             "torch",
         },
     ),
+    # calibrate: for how reports look
+    "learning": (
+        {"base", "tasks", "dynamics", "calibrate"},
+        {"numpy", "pydantic", "torch", "pyarrow", "matplotlib", "jinja2"},
+    ),
     "export": (
         {"base", "tasks", "dynamics", "kernels", "planning", "runtime"},
         {"numpy", "torch", "onnx", "onnxscript", "onnxruntime"},

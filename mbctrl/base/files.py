@@ -8,8 +8,8 @@ from pathlib import Path
 from mbctrl.base.errors import SpecError
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one move: through a temporary file beside it, renamed when it is complete.
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path`` in one move: through a temporary file beside it, renamed when it is complete.
 
     Errors:
         SpecError: where the folder cannot be written to; an earlier file is left as it was.
@@ -17,8 +17,8 @@ def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before what it names
         os.replace(temporary, path)

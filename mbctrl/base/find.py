@@ -8,7 +8,8 @@ from pathlib import Path
 from mbctrl.base.errors import SpecError, suggest
 
 FOLDERS = ("robots", "controllers", "calibration", "launch")
-FITTED = "_fitted"  # what the name of a parameter file in calibration/ ends in; the others there are recipes
+ENDINGS = {"parameters": "_fitted", "learning": "_learn"}
+"""What the names of parameter files and of recipes of what is learnt end in; the others in calibration/ are recipes of fits."""
 
 
 def roots() -> list[Path]:
@@ -21,16 +22,22 @@ def roots() -> list[Path]:
 def names(folder: str) -> dict[str, Path]:
     """Return every entry of ``folder`` by name; earlier roots win.
 
-    ``folder`` is one of FOLDERS, ``calibration`` then meaning its recipes; ``parameters`` are the fitted parameters there.
+    ``folder`` is one of FOLDERS, ``calibration`` then meaning its recipes of fits; ``parameters`` are the fitted parameters
+    there, ``learning`` the recipes of what is learnt.
     """
     found: dict[str, Path] = {}
-    place = "calibration" if folder == "parameters" else folder
+    place = "calibration" if folder in ENDINGS else folder
     for root in roots():
         pattern = "*/robot.yaml" if folder == "robots" else "*.yaml"
         for path in sorted((root / place).glob(pattern)):
-            if place != "calibration" or path.stem.endswith(FITTED) == (folder == "parameters"):
+            if place != "calibration" or _kind(path.stem) == folder:
                 found.setdefault(path.parent.name if folder == "robots" else path.stem, path)
     return dict(sorted(found.items()))
+
+
+def _kind(stem: str) -> str:
+    """Return what a file of calibration/ is, by its name."""
+    return next((kind for kind, ending in ENDINGS.items() if stem.endswith(ending)), "calibration")
 
 
 def find(folder: str, name: str, *, file: str | Path | None = None, key: str | None = None) -> Path:
@@ -55,5 +62,7 @@ def find(folder: str, name: str, *, file: str | Path | None = None, key: str | N
         return known[name]
     if path.suffix or os.sep in name:
         raise SpecError("no such file", file=file or name, key=None if file is None else f"{key}: {name}")
-    what = {"parameters": "parameter file", "launch": "scenario", "calibration": "recipe"}.get(folder, folder.rstrip("s"))
+    what = {"parameters": "parameter file", "launch": "scenario", "calibration": "recipe", "learning": "recipe"}.get(
+        folder, folder.rstrip("s")
+    )
     raise SpecError(f"unknown {what} '{name}'{suggest(name, known)}", file=file, key=key)

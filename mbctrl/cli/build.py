@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbctrl.base.config import RunConfig
+from mbctrl.base.config import RobotSpec, RunConfig
 from mbctrl.base.errors import GoalError, SpecError
 from mbctrl.base.parameters import load_parameters
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
@@ -16,7 +16,12 @@ from mbctrl.planning.controller import MpcController
 
 def load_run_model(config: RunConfig, file: Path) -> Model:
     """Load the run's robot with the parameters it is believed to have; SpecError names the scenario's key."""
-    return _load(config.robot.name, config.robot.parameters, file, "robot.parameters")
+    return load_arm(config.robot, file)
+
+
+def load_arm(robot: RobotSpec, file: Path) -> Model:
+    """Load a robot with the parameters it is believed to have; SpecError names the key of ``file``, which names it."""
+    return _load(robot.name, robot.parameters, file, "robot.parameters")
 
 
 def load_truth(config: RunConfig, file: Path, model: Model) -> Model:

@@ -28,6 +28,7 @@ _PACKAGES = {
     "llvmlite": "deploy",
     "cvxpy": "calibrate",
     "pandas": "calibrate",
+    "pyarrow": "learn",
     "mcap": "deploy",
     "onnx": "export",
     "onnxscript": "export",

@@ -18,10 +18,11 @@ from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import dump_yaml, load_yaml
 from mbctrl.calibrate.recipe import load_recipe
 from mbctrl.cli.bundle import check_bundle, is_bundle
+from mbctrl.learning.recipe import load_learning_recipe
 
 console = Console()
 _MODELS = (".xml", ".mjcf", ".urdf")
-_FOLDERS = ("robots", "controllers", "launch", "calibration", "parameters")
+_FOLDERS = ("robots", "controllers", "launch", "calibration", "learning", "parameters")
 
 
 def list_all() -> int:
@@ -62,6 +63,8 @@ def kind_of(name: str) -> str:
         return "parameters" if "robot" in keys else "robots"
     if "log" in keys:
         return "calibration"
+    if {"robot", "dt"} <= set(keys):
+        return "learning"
     return "launch" if "robot" in keys else "controllers"
 
 
@@ -86,6 +89,7 @@ def show(name: str) -> int:
             "controllers": load_controller,
             "launch": lambda name: load_run(name)[0],
             "calibration": lambda name: load_recipe(name)[0],
+            "learning": lambda name: load_learning_recipe(name)[0],
             "parameters": load_parameters,
         }[kind]
         data = load(name).model_dump(mode="json")
@@ -147,6 +151,8 @@ def _check(kind: str, name: str) -> str:
         return f"{fitted.robot}, {model.tree.mass.sum():.2f} kg moving, MuJoCo and Pinocchio agree to {model.error:.1e}"
     if kind == "calibration":
         return _check_recipe(name)
+    if kind == "learning":
+        return _check_learning(name)
     if kind == "controllers":
         controller = load_controller(name)
         return f"{controller.rule.rpartition(':')[2]}, {controller.planner.samples} samples, terms {', '.join(controller.task)}"
@@ -162,6 +168,16 @@ def _check(kind: str, name: str) -> str:
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
     plan = build_controller(config, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
     return f"{config.robot.name}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"
+
+
+def _check_learning(name: str) -> str:
+    from mbctrl.cli.build import load_arm
+
+    recipe, file = load_learning_recipe(name)
+    load_arm(recipe.robot, file)
+    what = "all of it" if recipe.base == "identity" else f"what physics misses near {len(recipe.surfaces)} surfaces"
+    sizes = " × ".join(map(str, recipe.network.hidden))
+    return f"{recipe.robot.name}, learns {what} in steps of {recipe.dt * 1e3:g} ms, {recipe.network.members} networks of {sizes}"
 
 
 def _check_recipe(name: str) -> str:

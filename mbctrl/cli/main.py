@@ -10,7 +10,23 @@ import tyro
 from rich.console import Console
 
 from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.cli.verbs import Bench, Calibrate, Deploy, Doctor, Excite, Export, List, Payload, Replay, Run, Show, Sim, Verb
+from mbctrl.cli.verbs import (
+    Bench,
+    Calibrate,
+    Deploy,
+    Doctor,
+    Evaluate,
+    Excite,
+    Export,
+    List,
+    Payload,
+    Replay,
+    Run,
+    Show,
+    Sim,
+    Train,
+    Verb,
+)
 
 _console = Console(stderr=True)
 
@@ -54,6 +70,14 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.calibrate import calibrate
 
         return calibrate(verb.recipe, verb.logs, verb.validate, verb.out, ["mbctrl", *arguments])
+    if isinstance(verb, Train):
+        from mbctrl.cli.learn import train
+
+        return train(verb.recipe, verb.logs, verb.out)
+    if isinstance(verb, Evaluate):
+        from mbctrl.cli.learn import evaluate
+
+        return evaluate(verb.model, verb.logs, verb.out, verb.beside, verb.robot, verb.parameters, ["mbctrl", *arguments])
     if isinstance(verb, Payload):
         from mbctrl.cli.payload import payload
 

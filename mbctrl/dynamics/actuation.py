@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -52,3 +52,13 @@ def actuation_of(robot: Robot) -> Torque | Impedance:
     if robot.control.mode == "torque":
         return Torque()
     return Impedance(robot.control.stiffness, robot.control.damping)
+
+
+def drive_settings(robot: Robot) -> dict[str, Any]:
+    """Return how ``robot.yaml`` says the robot is actuated, as ``RigidBodyDynamics`` and ``SimulatorDynamics`` take it."""
+    return {
+        "actuation": actuation_of(robot),
+        "commanded": robot.command_index,
+        "effort_limit": robot.limits.effort,
+        "gravity_compensation": robot.control.gravity_compensation,
+    }

@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.encoding import Encoding
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 
-_ACTIVATIONS = {"tanh": torch.tanh, "silu": torch.nn.functional.silu, "relu": torch.relu}
+ACTIVATIONS = {"tanh": torch.tanh, "silu": torch.nn.functional.silu, "relu": torch.relu}
+
+
+class Gate:
+    """How near the tool is to surfaces: 1 up to ``near`` [m], 0 from ``far`` [m] on, smooth between.
+
+    Args:
+        base: the arm.
+        tool: what is looked at: the capsules of this frame's link, or the frame where there are none.
+        surfaces: shapes that stand still.
+        near, far: [m].
+        distance: ``mbctrl.tasks.distance.capsule_obstacle``, from a layer above.
+    """
+
+    def __init__(
+        self, base: RigidBodyDynamics, tool: Frame, surfaces: tuple[Obstacle, ...], near: float, far: float, distance: Any
+    ) -> None:
+        self.base, self.surfaces, self.near, self.far, self._distance = base, surfaces, near, far, distance
+        self.capsules = gate_capsules(base.tree, tool)
+
+    def gap(self, q: Tensor) -> Tensor:
+        """Return the signed distance (N,) [m] to the nearest surface at positions ``q`` (nq, N)."""
+        poses, nearest = self.base.poses(q), None
+        for a, b, radius, link in self.capsules:
+            ends = self.base.points(poses, link, np.stack([a, b]))
+            for surface in self.surfaces:
+                found = self._distance(ends[0], ends[1], radius, surface)
+                nearest = found if nearest is None else torch.minimum(nearest, found)
+        return nearest
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """Return g (N,) at positions ``q`` (nq, N)."""
+        part = ((self.far - self.gap(q)) * (1.0 / (self.far - self.near))).clamp(0.0, 1.0)
+        return part * part * (3.0 - 2.0 * part)
+
+    def between(self, q: Tensor, after: Tensor) -> Tensor:
+        """Return the larger g (N,) of two positions; one wide pass for both."""
+        both = self(torch.cat((q, after), 1))
+        return torch.maximum(both[: q.shape[1]], both[q.shape[1] :])
 
 
 class HybridDynamics:
-    """``RigidBodyDynamics`` with a gated residual on top; the same contract.
+    """``RigidBodyDynamics`` with a gated residual on top, or a fully learned model in its place; the same contract.
 
     Args:
-        base: the analytic arm.
+        base: the analytic arm; of a fully learned model only its joints, commands and time step count.
         residual: the ensemble.
         tool: the gate looks at the capsules of this frame's link, or at the frame where there are none.
         distance: ``mbctrl.tasks.distance.capsule_obstacle``, from a layer above.
     """
 
     def __init__(self, base: RigidBodyDynamics, residual: Residual, tool: Frame, distance: Any) -> None:
-        self.base, self.residual, self.tool, self._distance = base, residual, tool, distance
+        self.base, self.residual, self.tool = base, residual, tool
         self.nq, self.nx, self.nu, self.dtype, self.device, self.dt = base.nq, base.nx, base.nu, base.dtype, base.device, base.dt
         self._layers = [(self._tensor(w), self._tensor(b)[:, :, None]) for w, b in residual.folded()]
-        self._revolute = torch.tensor([i for i in range(base.nq) if base.tree.revolute[i]], device=base.device)
-        self._sliding = [i for i in range(base.nq) if not base.tree.revolute[i]]
-        self._capsules = gate_capsules(base.tree, tool)
+        w, b = residual.hidden()[-1]
+        self._heads = self._tensor(w), self._tensor(b)[:, :, None]
+        self._encode = Encoding(base, residual.encode_angles)
+        self.gate = Gate(base, tool, residual.surfaces, residual.near, residual.far, distance)
+        self._scale = self._tensor(residual.output_scale)[:, None]
+        spread = residual.spread
+        self._spread = spread and replace(spread, **{k: self._tensor(value)[:, None] for k, value in vars(spread).items()})
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, float), dtype=self.dtype, device=self.device)
@@ -42,38 +87,56 @@ class HybridDynamics:
         other.__dict__ = {**self.__dict__, "base": self.base.with_dt(dt), "dt": dt}
         return other
 
-    def gate(self, q: Tensor) -> Tensor:
-        """Return g (N,) at positions ``q`` (nq, N)."""
-        poses, nearest = self.base.poses(q), None
-        for a, b, radius, link in self._capsules:
-            ends = self.base.points(poses, link, np.stack([a, b]))
-            for surface in self.residual.surfaces:
-                found = self._distance(ends[0], ends[1], radius, surface)
-                nearest = found if nearest is None else torch.minimum(nearest, found)
-        part = ((self.residual.far - nearest) * (1.0 / (self.residual.far - self.residual.near))).clamp(0.0, 1.0)
-        return part * part * (3.0 - 2.0 * part)
+    def _before_last(self, x: Tensor, u: Tensor) -> Tensor:
+        y = self._encode(x, u).unsqueeze(0)  # (1, inputs, N): every member sees the same
+        for w, b in self._layers[:-1]:
+            y = ACTIVATIONS[self.residual.activation](torch.matmul(w, y) + b)
+        return y
 
     def missed(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the velocity the physics misses in a step of ``residual.dt``, ungated, (nv, N) [rad/s]."""
-        n, base = self.nq, self.base
-        q, v = x[:n], x[n:]
-        angle = (q - base._reference).index_select(0, self._revolute)
-        parts = [torch.sin(angle), torch.cos(angle), q[self._sliding], v, u - q[base._pick]]
-        y = torch.cat([part for part in parts if len(part)]).unsqueeze(0)  # (1, inputs, N): every member sees the same
-        activation = _ACTIVATIONS[self.residual.activation]
-        for k, (w, b) in enumerate(self._layers):
-            y = torch.matmul(w, y) + b
-            y = activation(y) if k < len(self._layers) - 1 else y
-        return y.sum(0)  # S over E is in the last layer
+        """Return the velocity the base misses in a step of ``residual.dt``, ungated, (nv, N) [rad/s]."""
+        w, b = self._layers[-1]
+        return (torch.matmul(w, self._before_last(x, u)) + b).sum(0)  # S over E is in the last layer
+
+    def members(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each member's mean [rad/s] and variance [rad²/s²] of what the base misses, ungated, (E, nv, N) each.
+
+        Variances are 0 where the networks give means only.
+        """
+        w, b = self._heads
+        y = torch.matmul(w, self._before_last(x, u)) + b
+        mean = self._scale * y[:, : self.nq]
+        if self._spread is None:
+            return mean, torch.zeros_like(mean)
+        log = self._spread.bounded(y[:, self.nq :], torch.nn.functional.softplus)
+        return mean, (self._scale * self._spread.scale) ** 2 * log.exp()
+
+    def deviation(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the standard deviation (nv, N) [rad/s] of the velocity after a step: the members' own and their disagreement."""
+        mean, variance = self.members(x, u)
+        disagreement = mean.var(0, correction=0)
+        if self._spread is not None:
+            disagreement = disagreement * self._spread.scale**2  # the whole deviation was scaled so that intervals cover
+        return self.step_gate(x, u) * (variance.mean(0) + disagreement).sqrt() * (self.dt / self.residual.dt)
+
+    def step_gate(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return g (N,) of a step: the larger one of before and, by the base, after it."""
+        if self.residual.base == "identity":
+            return torch.ones_like(x[0])
+        return self.gate.between(x[: self.nq], self.base.step(x, u)[: self.nq])
 
     def step(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the state (nx, N) one step after ``x`` under ``u`` (nu, N)."""
-        after, n = self.base.step(x, u), self.nq
-        both = self.gate(torch.cat((x[:n], after[:n]), 1))  # one wide pass for now and then
-        gate = torch.maximum(both[: x.shape[1]], both[x.shape[1] :])
+        n, part = self.nq, self.dt / self.residual.dt
+        if self.residual.base == "identity":
+            v = x[n:] + self.missed(x, u) * part
+            return torch.cat((x[:n] + self.dt * v, v))
+        after = self.base.step(x, u)
+        gate = self.gate.between(x[:n], after[:n])
         # Nothing times what is not a number is not nothing: far away the physics is all there is.
-        more = torch.where(gate > 0, gate * self.missed(x, u), torch.zeros((), dtype=self.dtype)) * (self.dt / self.residual.dt)
-        return torch.cat((after[:n] + self.dt * more, after[n:] + more))
+        more = torch.where(gate > 0, gate * self.missed(x, u), torch.zeros((), dtype=self.dtype)) * part
+        drift = 0.5 * self.dt if self.base.integrator == "leapfrog" else self.dt  # how long the new v moves q
+        return torch.cat((after[:n] + drift * more, after[n:] + more))
 
     def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""

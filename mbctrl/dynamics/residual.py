@@ -1,26 +1,39 @@
-"""A learned residual as data: an ensemble of small networks, gated by the distance to contact surfaces; numpy only.
+"""A learned model as data: an ensemble of small networks, on top of the physics or in its place; numpy only.
 
 With state x = [q, v], command u and the analytic step f, ``v' = v'_f + g S mean_e r_e(e(x, u))`` and ``q' = q'_f + h g S …``: what
-is learned is the velocity the physics missed, which integrates into position, so that it never tears q from v. e encodes every
-angle as sine and cosine. g is 1 at contact and exactly 0 farther away than ``far``, where the physics is all there is.
+is learned is the velocity the physics missed, which integrates into position as the step's own does (leapfrog: over h / 2), so
+that it never tears q from v. e encodes every angle as sine and cosine. g is 1 at contact and exactly 0 farther away than
+``far``, where the physics is all there is.
+
+With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h v'``, and g is 1 everywhere.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field
 
 from mbctrl.base.errors import SpecError
+from mbctrl.base.files import write_whole
+from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import Spec, validate
 
 ACTIVATIONS = ("tanh", "silu", "relu")
-_PARTS = ("input_mean", "input_scale", "output_scale", "near", "far", "dt")
+BASES = ("analytic", "identity")
+FORMAT = 1
+"""Version of the file's layout."""
+_VECTORS = ("input_mean", "input_scale", "output_scale")
+_SCALARS = ("near", "far", "dt")
 
 
 class Surfaces(Spec):
@@ -30,18 +43,41 @@ class Surfaces(Spec):
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How sure an ensemble is: bounds (nv,) of the logarithm of the variance that its second half of outputs gives, in units of
+    ``output_scale``², and ``scale`` (nv,), by which the standard deviation is multiplied so that intervals cover."""
+
+    lowest: np.ndarray
+    highest: np.ndarray
+    scale: np.ndarray
+
+    def bounded(self, raw: Any, softplus: Any) -> Any:
+        """Return the log-variance, softly within its bounds, of what the networks say, (…, nv, N) or (…, nv) as the bounds are."""
+        upper = self.highest - softplus(self.highest - raw)
+        return self.lowest + softplus(upper - self.lowest)
+
+
+@dataclass(frozen=True)
 class Residual:
     """An ensemble and its gate.
 
     Args:
         layers: (W (E, out, in), b (E, out)) of each layer, an activation after each but the last; inputs are
-            [sin, cos of each revolute joint; q of each prismatic; v; u minus the commanded joints' q], outputs (nv,).
+            [sin, cos of each revolute joint; q of each prismatic; v; u], of u minus the commanded joints' q where it is a
+            reference; outputs (nv,), or (2 nv,) with ``spread``: means, then what log-variances are made of.
         activation: tanh, silu or relu.
         input_mean, input_scale: (inputs,) subtracted from, then divided out of, the inputs.
         output_scale: (nv,) S [rad/s].
-        surfaces: what the gate measures the distance of the tool's capsules to.
         near, far: g is 1 up to ``near`` [m] and 0 from ``far`` [m] on, smooth between.
         dt: the time step [s] it was fitted for; another one scales with it.
+        robot, joints: whose it is, its joints in order.
+        surfaces: what the gate measures the distance of the tool's capsules to; none where ``base`` is identity.
+        base: ``analytic`` or ``identity``.
+        spread: None for networks that give means only.
+        encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
+        integrator: of the analytic model it was learnt on top of.
+        seed: of the training.
+        versions: of the programs that made it.
     """
 
     layers: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -49,62 +85,164 @@ class Residual:
     input_mean: np.ndarray
     input_scale: np.ndarray
     output_scale: np.ndarray
-    surfaces: tuple[Obstacle, ...]
     near: float
     far: float
     dt: float
+    robot: str
+    joints: tuple[str, ...]
+    surfaces: tuple[Obstacle, ...] = ()
+    base: str = "analytic"
+    spread: Spread | None = None
+    encode_angles: bool = True
+    integrator: str = "euler"
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def members(self) -> int:
         """How many networks there are, E."""
         return len(self.layers[0][0])
 
-    def folded(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the layers with the normalisers inside the first and S over E inside the last: what is evaluated."""
+    def hidden(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the layers with the normalisers inside the first; outputs in units of S."""
         layers = [(w.astype(float), b.astype(float)) for w, b in self.layers]
         w, b = layers[0]
         w = w / self.input_scale
         layers[0] = w, b - w @ self.input_mean
+        return layers
+
+    def folded(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the layers with S over E inside the last, too, and means only: what is evaluated."""
+        layers, n = self.hidden(), len(self.output_scale)
         w, b = layers[-1]
         scale = self.output_scale / self.members
-        layers[-1] = w * scale[:, None], b * scale
+        layers[-1] = w[:, :n] * scale[:, None], b[:, :n] * scale
         return layers
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz that holds numbers and names only."""
-        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _PARTS}
+        """Write an .npz that holds numbers and names only; an earlier file stays until this one is whole."""
+        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in (*_VECTORS, *_SCALARS)}
         for k, (w, b) in enumerate(self.layers):
             arrays[f"w{k}"], arrays[f"b{k}"] = w, b
-        surfaces = Surfaces(surfaces=self.surfaces).model_dump_json()
+        if self.spread is not None:
+            arrays["spread"] = np.stack([self.spread.lowest, self.spread.highest, self.spread.scale])
+        about = {
+            "format": FORMAT,
+            "robot": self.robot,
+            "joints": list(self.joints),
+            "base": self.base,
+            "activation": self.activation,
+            "encode_angles": self.encode_angles,
+            "integrator": self.integrator,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "surfaces": [surface.model_dump(mode="json") for surface in self.surfaces],
+        }
         data = io.BytesIO()
-        np.savez_compressed(data, activation=np.array(self.activation), surfaces=np.array(surfaces), **arrays)
-        Path(path).write_bytes(data.getvalue())
+        np.savez_compressed(data, about=np.array(json.dumps(about)), **arrays)
+        write_whole(path, data.getvalue())
 
 
-def load_residual(path: str | Path, joints: tuple[bool, ...], commands: int) -> Residual:
-    """Load a residual for an arm whose joints are revolute or not, with so many commands.
+def peek(path: str | Path) -> tuple[str, float]:
+    """Return whose a learned model is and its time step [s]; SpecError for a file that is none."""
+    about, arrays = _read(path)
+    if not isinstance(about.get("robot"), str) or "dt" not in arrays or arrays["dt"].shape:
+        raise SpecError("is no learned model", file=path)
+    return about["robot"], float(arrays["dt"])
+
+
+def load_residual(
+    path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt: float | None = None, integrator: str | None = None
+) -> Residual:
+    """Load a learned model.
+
+    Args:
+        path: of the file.
+        robot: the arm it is to be of.
+        revolute: which of its joints turn.
+        dt: the time step [s] it is to be used at; None: its own. A model without physics knows no other than its own.
+        integrator: of the analytic model it is to be used on top of; None: its own.
 
     Errors:
-        SpecError: for a file that is none, or of another arm.
+        SpecError: for a file that is none, of another format, of another arm, or whose numbers are none.
     """
+    about, arrays = _read(path)
+    if about.get("format") != FORMAT:
+        raise SpecError(f"expected format {FORMAT}, found {about.get('format')}", file=path, key="format")
+    if about.get("robot") != robot.name:
+        raise SpecError(f"expected a model of '{robot.name}', found one of '{about.get('robot')}'", file=path, key="robot")
+    if about.get("joints") != list(robot.joints):
+        raise SpecError(f"expected {list(robot.joints)}, found {about.get('joints')}", file=path, key="joints")
     try:
-        with np.load(path, allow_pickle=False) as data:
-            count = sum(name.startswith("w") for name in data.files)
-            layers = tuple((data[f"w{k}"], data[f"b{k}"]) for k in range(count))
-            parts = {name: data[name] for name in _PARTS}
-            activation, text = str(data["activation"]), str(data["surfaces"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SpecError(f"is no residual: {error}", file=path) from None
-    import json
+        residual = _built(about, arrays, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SpecError(f"is no learned model: {error}", file=path) from None
+    _check(residual, path, revolute, robot.nu)
+    if residual.base == "identity" and dt is not None and abs(dt - residual.dt) > 1e-9:
+        raise SpecError(f"a model without physics has one time step, {residual.dt:g} s; expected {dt:g} s", file=path, key="dt")
+    if residual.base == "analytic" and integrator not in (None, residual.integrator):
+        raise SpecError(f"was learnt on top of '{residual.integrator}', found '{integrator}'", file=path, key="integrator")
+    return residual
 
-    surfaces = validate(Surfaces, json.loads(text), path).surfaces
-    n = len(joints)
-    inputs = 2 * sum(joints) + (n - sum(joints)) + n + commands
-    found = (layers[0][0].shape[-1] if layers else 0, layers[-1][0].shape[1] if layers else 0)
-    if found != (inputs, n) or activation not in ACTIVATIONS:
-        raise SpecError(f"expected {inputs} inputs, {n} outputs and one of {', '.join(ACTIVATIONS)}, found {found}", file=path)
-    if not all(np.isfinite(part).all() for layer in layers for part in layer):
-        raise SpecError("holds numbers that are not finite", file=path)
-    scalars = {name: float(parts[name]) for name in ("near", "far", "dt")}
-    arrays = {name: parts[name].astype(float) for name in ("input_mean", "input_scale", "output_scale")}
-    return Residual(layers, activation, surfaces=surfaces, **arrays, **scalars)
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+            about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise SpecError(f"is no learned model: {error}", file=path) from None
+    if not isinstance(about, dict):
+        raise SpecError("is no learned model", file=path)
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise SpecError(f"expected numbers, found {array.dtype}", file=path, key=name)
+        if not np.isfinite(array).all():
+            raise SpecError("holds numbers that are not finite", file=path, key=name)
+    return about, arrays
+
+
+def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Path) -> Residual:
+    count = sum(name.startswith("w") for name in arrays)
+    identity = about["base"] == "identity"
+    spread = Spread(*arrays["spread"].astype(float)) if "spread" in arrays else None
+    return Residual(
+        tuple((arrays[f"w{k}"], arrays[f"b{k}"]) for k in range(count)),
+        about["activation"],
+        *(arrays[name].astype(float) for name in _VECTORS),
+        *(float(arrays[name]) for name in _SCALARS),
+        robot=about["robot"],
+        joints=tuple(about["joints"]),
+        surfaces=() if identity else validate(Surfaces, {"surfaces": about["surfaces"]}, path).surfaces,
+        base=about["base"],
+        spread=spread,
+        encode_angles=bool(about["encode_angles"]),
+        integrator=str(about["integrator"]),
+        seed=int(about["seed"]),
+        versions=dict(about["versions"]),
+    )
+
+
+def _check(residual: Residual, path: str | Path, revolute: tuple[bool, ...], commands: int) -> None:
+    """Refuse what does not fit together; what is multiplied with what, and positive scales."""
+    n, turning = len(revolute), sum(revolute)
+    inputs = n + commands + (2 * turning + (n - turning) if residual.encode_angles else n)
+    outputs = n if residual.spread is None else 2 * n
+    sizes = [inputs, *(w.shape[1] for w, _ in residual.layers if w.ndim == 3)]
+    shapes = [(w.shape, b.shape) for w, b in residual.layers]
+    expected = [((residual.members, b, a), (residual.members, b)) for a, b in zip(sizes, sizes[1:])] if residual.layers else []
+    if not expected or shapes != expected or sizes[-1] != outputs:
+        found = (residual.layers[0][0].shape[-1], sizes[-1]) if residual.layers else (0, 0)
+        raise SpecError(f"expected {inputs} inputs and {outputs} outputs, found {found[0]} and {found[1]}", file=path, key="layers")
+    for key, known in (("activation", ACTIVATIONS), ("base", BASES)):
+        if getattr(residual, key) not in known:
+            raise SpecError(f"expected one of {', '.join(known)}, found '{getattr(residual, key)}'", file=path, key=key)
+    for key, size in (("input_mean", inputs), ("input_scale", inputs), ("output_scale", n)):
+        values = getattr(residual, key)
+        if values.shape != (size,) or (key.endswith("scale") and not (values > 0).all()):
+            raise SpecError(f"expected {size} numbers, scales above 0, found {values.tolist()}", file=path, key=key)
+    if not residual.dt > 0 or (residual.base == "analytic" and not residual.near < residual.far):
+        found = f"dt {residual.dt:g} s, near {residual.near:g} m, far {residual.far:g} m"
+        raise SpecError(f"expected a time step above 0 and near below far, found {found}", file=path)
+    if residual.spread is not None and any(part.shape != (n,) for part in vars(residual.spread).values()):
+        raise SpecError(f"expected 3 rows of {n} numbers", file=path, key="spread")

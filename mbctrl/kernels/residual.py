@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mbctrl.base.errors import ModelError
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.graph import Graph, minimum
@@ -24,11 +25,16 @@ class TracedResidual:
         capsules: of ``gate_capsules``.
         tool: its link.
 
+    Errors:
+        ModelError: for a fully learned model, which takes the analytic step's place.
+
     Attributes:
         networks: one a member, in order; ``weights`` all their numbers in a row.
     """
 
     def __init__(self, residual: Residual, capsules: list[tuple[np.ndarray, np.ndarray, float, int]], tool: Frame) -> None:
+        if residual.base != "analytic":
+            raise ModelError("a fully learned model (base: identity) is not compiled yet")
         self.residual, self._capsules, self._link = residual, capsules, tool.link
         layers = residual.folded()
         sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
@@ -41,8 +47,9 @@ class TracedResidual:
         angle, sine, cosine = before
         turning = [i for i in range(step.arm.n) if step.arm.tree.revolute[i]]
         sliding = [i for i in range(step.arm.n) if not step.arm.tree.revolute[i]]
-        pick = list(step.drive.commanded)
-        inputs = [*sine[turning], *cosine[turning], *q[sliding], *v, *(u - q[pick])]
+        command = u if step.drive.stiffness is None else u - q[list(step.drive.commanded)]
+        seen = [*sine[turning], *cosine[turning], *q[sliding]] if self.residual.encode_angles else list(q)
+        inputs = [*seen, *v, *command]
         near = minimum(self._distance(step, before), self._distance(step, after))
         part = clip01((self.residual.far - near) * (1.0 / (self.residual.far - self.residual.near)))
         gate = part * part * (3.0 - 2.0 * part)

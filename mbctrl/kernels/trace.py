@@ -214,7 +214,8 @@ class _Carry:
         after = self.step.angles(q) if after is None else after
         more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after)
         self.acceleration = self.acceleration + more * (1.0 / self.step.h)
-        q, v = q + self.step.h * more, v + more
+        drift = 0.5 * self.step.h if self.step.drive.integrator == "leapfrog" else self.step.h  # how long the new v moves q
+        q, v = q + drift * more, v + more
         return q, v, self.step.angles(q) if self.kept else None
 
 

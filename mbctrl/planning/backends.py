@@ -15,7 +15,7 @@ import torch
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
-from mbctrl.dynamics.actuation import actuation_of
+from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import load_residual
@@ -154,7 +154,9 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
-    return RigidBodyDynamics(model.tree, dynamics.dt, **_drive(model), integrator=dynamics.integrator, device=dynamics.device)
+    return RigidBodyDynamics(
+        model.tree, dynamics.dt, **drive_settings(model.robot), integrator=dynamics.integrator, device=dynamics.device
+    )
 
 
 def hybrid_of(
@@ -172,21 +174,10 @@ def hybrid_of(
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
         raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
-    residual = load_residual(path, model.tree.revolute, analytic.nu)
+    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
 def simulator_of(config: RunConfig, model: Model) -> SimulatorDynamics:
     """Return MuJoCo as the run's model."""
-    return SimulatorDynamics(model.mj, config.dynamics.dt, **_drive(model), threads=config.dynamics.threads)
-
-
-def _drive(model: Model) -> dict[str, Any]:
-    """Return how the robot is actuated, as both models take it."""
-    robot = model.robot
-    return {
-        "actuation": actuation_of(robot),
-        "commanded": robot.command_index,
-        "effort_limit": robot.limits.effort,
-        "gravity_compensation": robot.control.gravity_compensation,
-    }
+    return SimulatorDynamics(model.mj, config.dynamics.dt, **drive_settings(model.robot), threads=config.dynamics.threads)
