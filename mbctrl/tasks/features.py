@@ -25,6 +25,8 @@ class Features:
     R_world_target: Any  # (3)(3), or None: any orientation
     q_target: Any  # (nq) [rad], or None
     clearances: tuple[Any, ...]  # for each obstacle the distances of the arm's capsules from it [m], first index: capsule
+    contact_gap: Any = None  # of the declared contact [m], negative in it, or None
+    contact_force: Any = None  # what presses the declared contact's surface on its spring [N], or None
 
 
 @dataclass(frozen=True)
