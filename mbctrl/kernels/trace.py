@@ -163,7 +163,7 @@ def trace_objective(
     u = carry.u
     position = rotation = None
     distances: tuple[Array, ...] = ()
-    gap = force = None
+    gap = gap_rate = force = None
     if goal.position or obstacles or contact:
         links = {tool.link} | ({c.link for c in tree.capsules} if obstacles else set())
         links |= {contact.tip.link, contact.surface.link} if contact else set()
@@ -171,7 +171,11 @@ def trace_objective(
         poses = step.arm.world(*turns, links)
         rotation, position = frame_in_world(poses, tool)
         if contact is not None:
-            gap = -contact.depth(frame_in_world(poses, contact.tip)[1], *frame_in_world(poses, contact.surface))
+            gap = _gap(contact, poses)
+            if any(task.terms[name].needs == "contact_rate" for name in terms):
+                first = step.arm.turns(*step.angles(np.array(carry.first[: tree.n], dtype=object)))
+                before_gap = carry.add([_gap(contact, step.arm.world(*first, links))])[0]
+                gap_rate = (gap - before_gap) * (1.0 / dt)
             mount = mount_of(contact, tree)
             force = None if mount is None else mount.force(q, v)
         distances = tuple(clearances(tree, poses, o, table.array(f"obstacle.{k}", 3)) for k, o in enumerate(obstacles))
@@ -193,6 +197,7 @@ def trace_objective(
         q_target=uniform.array("q_target", tree.n) if goal.joints else None,
         clearances=distances,
         contact_gap=gap,
+        contact_rate=gap_rate,
         contact_force=force,
     )
     rate: Any = 0.0
@@ -200,7 +205,8 @@ def trace_objective(
         rate = rate + factor * task.terms[name].cost(features, task.robot)
     total = carry.add(np.array([0.0], dtype=object))
     carry.cost = len(carry.first) - 1
-    return _finished(carry, q, v, where_q, kinds, before=u, cost=total[0] + rate, terms=terms)
+    more = [*u] if gap_rate is None else [*u, gap]
+    return _finished(carry, q, v, where_q, kinds, more, cost=total[0] + rate, terms=terms)
 
 
 class _Carry:
@@ -255,15 +261,14 @@ def _finished(
     v: Array,
     where_q: Any,
     kinds: dict[str, Inputs],
-    before: Any = None,
+    more: Iterable[Any] = (),
     cost: Any = None,
     terms: tuple[str, ...] = (),
 ) -> Traced:
     following: list[Any] = [*q, *v]
     if carry.kept:
         following += [*where_q[1][carry.turning], *where_q[2][carry.turning]]
-    if before is not None:
-        following += [*before]
+    following += more
     if cost is not None:
         following.append(cost)
     graph = carry.graph
@@ -278,6 +283,11 @@ def _finished(
         () if carry.residual is None else carry.residual.networks,
     )
     return Traced(program, kinds["table"].places, kinds["uniform"].places, kinds["sample"].places, terms)
+
+
+def _gap(contact: Contact, poses: dict[int, tuple[Array, Array]]) -> Any:
+    """Return the contact's gap [m] with the links of tip and surface at ``poses``."""
+    return -contact.depth(frame_in_world(poses, contact.tip)[1], *frame_in_world(poses, contact.surface))
 
 
 def clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array | None = None) -> Array:

@@ -103,7 +103,7 @@ def check_contact(task: Task, analytic: RigidBodyDynamics, file: str | Path | No
     """
     contact = analytic.contact
     for name, term in task.terms.items():
-        if term.needs in ("contact_gap", "contact_force") and contact is None:
+        if term.needs in ("contact_gap", "contact_rate", "contact_force") and contact is None:
             raise SpecError("needs dynamics.contact, found none", file=file, key=f"task.{name}")
         if term.needs == "contact_force" and contact is not None and mount_of(contact, analytic.tree) is None:
             raise SpecError(

@@ -62,7 +62,7 @@ class FeatureMap:
         x, u = states.to(model.dtype).movedim(0, 1), commands.movedim(0, 1)
         q, v = x[:nq, 1:], x[nq:, 1:]
         first = parameters.u_before[:, None, None].expand(-1, 1, samples)
-        position = rotation = gap = None
+        position = rotation = gap = rate = None
         clearances: tuple[Tensor, ...] = ()
         if parameters.p_target is not None or self.obstacles or model.contact is not None:
             poses = model.poses(q.reshape(nq, -1))
@@ -71,8 +71,9 @@ class FeatureMap:
             if self.obstacles:
                 clearances = self.clearances(poses, parameters.obstacles, (horizon, samples))
             if model.contact is not None:
-                tip = model.point(poses, model.contact.tip.link, model.contact.tip.position)
-                gap = -model.contact.depth(tip, *model.frame(poses, model.contact.surface)).reshape(horizon, samples)
+                gap = self._gap(poses).reshape(horizon, samples)
+                first_gap = self._gap(model.poses(x[:nq, 0])).reshape(1, samples)
+                rate = (gap - torch.cat((first_gap, gap[:-1]))) * (1.0 / model.dt)
         pick = self._pick
         return Features(
             q=q,
@@ -88,8 +89,15 @@ class FeatureMap:
             q_target=None if parameters.q_target is None else parameters.q_target[:, None, None],
             clearances=clearances,
             contact_gap=gap,
+            contact_rate=rate,
             contact_force=None if self._mount is None else self._mount.force(q, v),
         )
+
+    def _gap(self, poses: Any) -> Tensor:
+        """Return the declared contact's gap [m], a row of samples."""
+        model, contact = self.kinematics, self.kinematics.contact
+        tip = model.point(poses, contact.tip.link, contact.tip.position)
+        return -contact.depth(tip, *model.frame(poses, contact.surface))
 
     def clearances(self, poses: Any, positions: tuple[Tensor, ...], shape: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return for each obstacle at ``positions`` (3, H, 1) the capsules' distances (C, H, N) [m]."""

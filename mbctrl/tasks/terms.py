@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mbctrl.base.robot import Positive, Vector
 from mbctrl.base.spec import Number, Spec
-from mbctrl.tasks.algebra import absolute, cos, dot, positive, pseudo_huber
+from mbctrl.tasks.algebra import absolute, clip01, cos, dot, positive, pseudo_huber
 from mbctrl.tasks.features import Features, RobotScales
 
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -226,6 +226,21 @@ class ContactGap(Term):
         return pseudo_huber(gap * gap)
 
 
+class ContactApproach(Term):
+    """Tip of the declared contact no faster than ``speed`` [m/s] towards its surface: zero below, growing as the square.
+
+    Counts fully at the surface and no more from ``reach`` [m] on, so that touching is gentle and the way there is not slow.
+    """
+
+    needs: ClassVar[str | None] = "contact_rate"
+    speed: Positive = 0.05  # [m/s]
+    reach: Positive = 0.03  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        over = positive(f.contact_rate * (-1.0 / self.speed) - 1.0)
+        return clip01(1.0 - f.contact_gap * (1.0 / self.reach)) * (over * over)
+
+
 TERMS = {
     "reach": "mbctrl.tasks.terms:Reach",
     "track": "mbctrl.tasks.terms:Track",
@@ -238,5 +253,6 @@ TERMS = {
     "acceleration_limits": "mbctrl.tasks.terms:AccelerationLimits",
     "avoid": "mbctrl.tasks.terms:Avoid",
     "contact_force": "mbctrl.tasks.terms:ContactForce",
+    "contact_approach": "mbctrl.tasks.terms:ContactApproach",
     "contact_gap": "mbctrl.tasks.terms:ContactGap",
 }
