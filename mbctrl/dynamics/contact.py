@@ -101,8 +101,12 @@ def contact_force(contact: Contact, depth: Any, free: Any, mobility: Any, h: Any
     xx, xy, yy = (mobility[i][j] - share * mobility[i][2] * mobility[j][2] for i, j in ((0, 0), (0, 1), (1, 1)))
     square = x * x + y * y + _TINY * _TINY
     along = (xx * x * x + 2.0 * xy * x * y + yy * y * y) / square
-    grip = contact.friction * normal
-    slower = _sqrt(square) - h * along * grip - contact.slip  # what is left of the sliding, beyond the slip speed
+    size = _sqrt(square)
+    # Sliding friction loads or relieves the normal, which it is proportional to: one linear equation. Twice is the most, short
+    # of where an arm jams.
+    lean = contact.friction * share * (mobility[0][2] * x + mobility[1][2] * y) / size
+    grip = contact.friction * normal / (0.5 + _positive(0.5 - lean))
+    slower = size - h * along * grip - contact.slip  # what is left of the sliding, beyond the slip speed
     rate = grip / (contact.slip + _positive(slower))
     a, b, c = 1.0 + h * rate * xx, h * rate * xy, 1.0 + h * rate * yy
     scale = -rate / (a * c - b * b)
