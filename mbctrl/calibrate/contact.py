@@ -53,7 +53,13 @@ class ContactFit:
 
 
 def fit_contact(
-    dynamics: RigidBodyDynamics, x: np.ndarray, u: np.ndarray, episode: np.ndarray | None = None, *, steps: int = 5, threads: int = 1
+    dynamics: RigidBodyDynamics,
+    x: np.ndarray,
+    u: np.ndarray,
+    episode: np.ndarray | None = None,
+    *,
+    steps: int = 5,
+    threads: int = 1,
 ) -> ContactFit:
     """Return the contact under which the arm moves most like the log.
 

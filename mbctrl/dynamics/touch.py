@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbctrl.dynamics.contact import Contact, contact_force, normal_force, offset_velocity
 
-if TYPE_CHECKING:
-    from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-
 
 class Touch:
     """The contact at one state of N samples.
 
     Args:
-        dynamics: the arm, for its links' poses.
+        dynamics: the arm, ``RigidBodyDynamics``, for its links' poses.
         contact: what may touch.
         q: (nq, N) where the step takes its forces.
         lead: how much later the step ends [s].
@@ -27,7 +24,7 @@ class Touch:
         rows: (3, n, N) joint speeds to the relative velocity along the surface's x, y, z.
     """
 
-    def __init__(self, dynamics: RigidBodyDynamics, contact: Contact, q: Tensor, lead: float) -> None:
+    def __init__(self, dynamics: Any, contact: Contact, q: Tensor, lead: float) -> None:
         self.contact, self._h, self._lead = contact, dynamics.dt, lead
         poses = dynamics.poses(q)
         tip = dynamics.point(poses, contact.tip.link, contact.tip.position)
