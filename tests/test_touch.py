@@ -17,6 +17,8 @@ from mbctrl.base.logs import read_log
 from mbctrl.base.plan import PlanRequest
 from mbctrl.base.scene import CircleGoal
 from mbctrl.base.spec import validate
+from mbctrl.calibrate.contact import fit_contact
+from mbctrl.calibrate.signals import CalibrationError
 from mbctrl.cli.build import load_run_model
 from mbctrl.cli.session import Session
 from mbctrl.dynamics.actuation import actuation_of
@@ -371,6 +373,24 @@ def test_gravity_that_changes_with_the_pose_is_still_refused(tmp_path: Path) -> 
     )
     with pytest.raises(ModelError, match="found b"):
         SimulatorDynamics(mujoco.MjModel.from_xml_path(str(path)), 0.002, commanded=[0], gravity_compensation=True)
+
+
+def test_a_fit_finds_the_contact_and_the_spring_beneath_it(press: Any, wipe: Model) -> None:
+    x, u, _ = press
+    truth = arm(wipe, contact=contact_of(wipe.tree))
+    rolled = truth.rollout(torch.tensor(x[0])[:, None], torch.tensor(u)[:, :, None])[:, :, 0].numpy()[:-1]
+    wrong = replace(wipe.tree, stiffness=2 * wipe.tree.stiffness, spring_reference=wipe.tree.spring_reference / 2)
+    start = arm(replace(wipe, tree=wrong), contact=contact_of(wipe.tree, stiffness=6e4, damping=100.0, friction=1.0))
+    fit = fit_contact(start, rolled, u)
+    print(dict(zip(fit.names, fit.values)), fit.errors)
+    expected = {"contact_stiffness": 3e4, "contact_damping": 200.0, "contact_friction": 0.5}
+    for name, value in {**expected, "mount_stiffness": 2000.0, "mount_damping": 150.0}.items():
+        assert abs(fit[name] / value - 1) < 0.01, (name, fit[name])
+    assert fit.after.max() < 0.01 * fit.before.max() and fit.contact.friction == fit["contact_friction"]
+    with pytest.raises(CalibrationError, match="log with contact"):
+        far = rolled.copy()
+        far[:, 7] -= 0.1
+        fit_contact(start, far, u)
 
 
 # --- the task ------------------------------------------------------------------------------------------------------------
