@@ -92,6 +92,8 @@ PANDA = {
     "goal": POSE,
     "duration": 1.0,
 }
+TOUCH = {"tip": "panda_fingertip", "radius": 0.0065, "surface": "table_top", "stiffness": 2e4, "damping": 150.0, "friction": 0.5}
+WIPE = {**PANDA, "robot": "panda_wipe", "dynamics": {"dt": 0.02, "threads": 2, "contact": TOUCH}}
 NEAR = {
     "sphere": {"name": "ball", "shape": "sphere", "position": [0.5, 0.1, 0.6], "size": [0.08], "to": [0.3, 0.2, 0.5]},
     "box": {"name": "box", "shape": "box", "position": [0.5, -0.1, 0.4], "size": [0.1, 0.2, 0.05]},
@@ -219,6 +221,12 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         f"avoid a {shape}": (PANDA, {"task": {"avoid": {"weight": 2.0, "margin": 0.2, "buffer": 0.3}}, "obstacles": [NEAR[shape]]})
         for shape in NEAR
     },
+    "contact_force": (
+        WIPE,
+        {"task": {"contact_force": {"weight": 1.0, "target": 15.0}}, "dynamics": {"contact": {**TOUCH, "radius": 0.4}}},
+    ),
+    "contact_gap": (WIPE, {"task": {"contact_gap": {"weight": 1.0}}}),
+    "contact_approach": (WIPE, {"task": {"contact_approach": {"weight": 1.0, "terminal": 0.1, "speed": 0.02, "reach": 0.5}}}),
     "leapfrog": (ARM2, {"dynamics": {"integrator": "leapfrog"}}),
 }
 

@@ -118,16 +118,16 @@ def test_the_tool_is_a_frame_that_moves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_the_tool_is_a_site_on_the_last_link(name: str) -> None:
+def test_the_tool_is_a_site_on_the_last_driven_link(name: str) -> None:
     model = robot(name)
     assert mujoco.mj_name2id(model.mj, mujoco.mjtObj.mjOBJ_SITE, model.robot.tool) >= 0
-    assert model.tree.frames[model.robot.tool].link == model.tree.n - 1
+    assert model.tree.frames[model.robot.tool].link == max(model.robot.command_index)
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_every_moving_link_has_a_collision_capsule(name: str) -> None:
-    tree = robot(name).tree
-    assert {capsule.link for capsule in tree.capsules} == set(range(tree.n))
+def test_every_driven_link_has_a_collision_capsule(name: str) -> None:
+    model = robot(name)
+    assert {capsule.link for capsule in model.tree.capsules} == set(model.robot.command_index)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from mbctrl.tasks.terms import (
     TERMS,
     AccelerationLimits,
     Avoid,
+    ContactApproach,
+    ContactForce,
+    ContactGap,
     Effort,
     JointLimits,
     Posture,
@@ -53,6 +56,9 @@ STILL = Features(
     R_world_target=EYE,
     q_target=None,
     clearances=(np.array([1.0, 2.0]),),
+    contact_gap=np.array(-0.001),
+    contact_rate=np.array(0.0),
+    contact_force=np.array(0.0),
 )
 """At home, at rest, on target, clear of everything: no term has anything to say here."""
 SETTINGS: list[Term] = [
@@ -69,6 +75,10 @@ SETTINGS: list[Term] = [
     JointLimits(weight=1, margin=0.3),
     VelocityLimits(weight=1, margin=0.2),
     Avoid(weight=1, margin=0.03, buffer=0.05),
+    Track(weight=1, axis_weights=(1.0, 0.0, 2.0), rotation_weight=0.0),
+    ContactForce(weight=1, scale=4.0),
+    ContactGap(weight=1, scale=0.02),
+    ContactApproach(weight=1, speed=0.05, reach=0.03),
 ]
 NAMES = [f"{type(term).__name__}{i}" for i, term in enumerate(SETTINGS)]
 
@@ -185,6 +195,9 @@ def random_features(seed: int) -> Features:
         R_world_target=random_rotation(rng),
         q_target=rng.normal(size=2) if seed % 2 else None,
         clearances=tuple(rng.uniform(-0.1, 0.2, 3) for _ in range(2)),
+        contact_gap=np.array(rng.uniform(-0.01, 0.04)),
+        contact_rate=np.array(rng.uniform(-0.3, 0.1)),
+        contact_force=np.array(rng.uniform(-5, 30)),
     )
 
 
@@ -218,6 +231,11 @@ def shifted(**changes: Any) -> Features:
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[-1.8, 4.8]), 0.25 + 4.0),
         (AccelerationLimits(weight=1, margin=0.5), shifted(a=[20.0, -6.0]), 1.0 + 0.25),
         (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.03, 1]), np.array([-0.02, 0.055]))), 5.25),
+        (Track(weight=1, axis_weights=(1.0, 0.0, 2.0)), shifted(p_world_tcp=[0.32, 9.0, 0.53]), 4.0 + 2 * 9.0),
+        (ContactForce(weight=1, target=15.0, scale=5.0), shifted(contact_force=25.0), 4.0),
+        (ContactGap(weight=1, scale=0.02), shifted(contact_gap=0.04), np.sqrt(5) - 1),
+        (ContactApproach(weight=1, speed=0.05, reach=0.02), shifted(contact_gap=0.005, contact_rate=-0.15), 0.75 * 4.0),
+        (ContactApproach(weight=1, speed=0.05, reach=0.02), shifted(contact_gap=-0.005, contact_rate=-0.15), 4.0),
     ],
 )
 def test_value_by_hand(term: Term, features: Features, expected: float) -> None:
@@ -236,6 +254,9 @@ def test_a_still_arm_on_target_costs_nothing(term: Term) -> None:
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[1.6, -3.2])),
         (AccelerationLimits(weight=1, margin=0.5), shifted(a=[10.0, -4.0])),
         (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.08, 0.0801]),))),
+        (ContactGap(weight=1), shifted(contact_gap=-0.003)),
+        (ContactApproach(weight=1, speed=0.05), shifted(contact_rate=-0.05)),
+        (ContactApproach(weight=1, reach=0.02), shifted(contact_gap=0.02, contact_rate=-1.0)),
     ],
 )
 def test_a_barrier_is_zero_up_to_its_margin(term: Term, features: Features) -> None:

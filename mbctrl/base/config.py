@@ -38,6 +38,23 @@ class PlannerSpec(Spec):
     discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
 
+class ContactSpec(Spec):
+    """One sphere of the robot that may touch one flat surface of it: what the planner's physics knows of a contact.
+
+    ``tip`` names the site or body whose origin is the sphere's centre, ``surface`` the one that lies on the surface with
+    z along its outward normal; both are the robot's model's own. A zero stiffness with a zero damping lets the sphere through.
+    """
+
+    tip: str
+    radius: Positive  # [m]
+    surface: str
+    half: tuple[Positive, Positive] | None = None  # [m] the surface's half lengths along its x and y; null: no end
+    stiffness: NonNegative  # [N/m] of the pair, without what the surface itself rests on
+    damping: NonNegative  # [N·s/m]
+    friction: NonNegative
+    slip: Positive = 0.01  # [m/s] slower sliding meets less friction
+
+
 class DynamicsSpec(Spec):
     """The planner's model and its time step ``dt`` [s].
 
@@ -49,6 +66,7 @@ class DynamicsSpec(Spec):
     backend: Literal["auto", "kernel", "torch", "mujoco"] = "auto"
     dt: Positive = 0.04
     integrator: Literal["euler", "leapfrog"] = "euler"
+    contact: ContactSpec | None = None  # the analytic model's; what terms of contacts look at with any backend
     residual: str | None = None  # a learned residual's .npz, from the folder of the file that names it
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0, strict=True)] = 0  # of kernel and simulator; 0: all

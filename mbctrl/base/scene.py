@@ -61,8 +61,7 @@ class FigureEightGoal(Spec):
 
     @model_validator(mode="after")
     def _orthonormal(self) -> FigureEightGoal:
-        if not np.allclose(np.asarray(self.axes) @ np.transpose(self.axes), np.eye(2), atol=1e-6):
-            raise ValueError(f"axes: expected two orthonormal vectors, found {self.axes}")
+        _check_axes(self.axes)
         return self
 
     @cached_property
@@ -84,9 +83,50 @@ class FigureEightGoal(Spec):
         position = (
             np.asarray(self.center) + np.outer(self.width / 2 * np.sin(s), e1) + np.outer(self.height / 2 * np.sin(2 * s), e2)
         )
-        if self.rpy is None:
-            return position, None
-        return position, np.broadcast_to(rotation_from_rpy(np.asarray(self.rpy)), (len(t), 3, 3))
+        return position, _held(self.rpy, len(t))
+
+
+class CircleGoal(Spec):
+    """A circle traced at constant speed with a fixed tool orientation, after ``delay`` seconds at where it begins.
+
+    The point is ``center + radius (cos(s) e1 + sin(s) e2)``. ``force`` is what the tool shall press with meanwhile.
+    """
+
+    kind: Literal["circle"]
+    center: Point  # [m]
+    radius: Positive  # [m]
+    period: Positive  # [s] of one turn
+    delay: Annotated[Number, Field(ge=0)] = 0.0  # [s]
+    axes: tuple[Point, Point] = ((1, 0, 0), (0, 1, 0))  # e1, e2: orthonormal
+    rpy: Point | None = None  # [rad]
+    force: Positive | None = None  # [N]
+
+    @model_validator(mode="after")
+    def _axes(self) -> CircleGoal:
+        _check_axes(self.axes)
+        return self
+
+    @property
+    def lap(self) -> float:
+        """Time until the first turn is done [s]."""
+        return self.delay + self.period
+
+    def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the moving target at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""
+        phase = 2 * np.pi / self.period * np.maximum(t - self.delay, 0.0)
+        e1, e2 = np.asarray(self.axes, float)
+        position = np.asarray(self.center) + self.radius * (np.outer(np.cos(phase), e1) + np.outer(np.sin(phase), e2))
+        return position, _held(self.rpy, len(t))
+
+
+def _check_axes(axes: tuple[Point, Point]) -> None:
+    if not np.allclose(np.asarray(axes) @ np.transpose(axes), np.eye(2), atol=1e-6):
+        raise ValueError(f"axes: expected two orthonormal vectors, found {axes}")
+
+
+def _held(rpy: Point | None, count: int) -> np.ndarray | None:
+    """Return one orientation ``count`` times, (T, 3, 3), or None."""
+    return None if rpy is None else np.broadcast_to(rotation_from_rpy(np.asarray(rpy)), (count, 3, 3))
 
 
 class JointGoal(Spec):
@@ -105,7 +145,10 @@ class BackendGoal(Spec):
     kind: Literal["backend"]
 
 
-Goal = Annotated[PoseGoal | FigureEightGoal | JointGoal | BackendGoal, Field(discriminator="kind")]
+MOVING = (FigureEightGoal, CircleGoal)
+"""Goals whose target moves: ``sample`` gives it, ``lap`` is the time until it has been everywhere."""
+
+Goal = Annotated[PoseGoal | FigureEightGoal | CircleGoal | JointGoal | BackendGoal, Field(discriminator="kind")]
 
 
 class Obstacle(Spec):

@@ -67,6 +67,10 @@ def _goal_rows(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         rows.append(
             ("tracking error", f"RMS {summary.tracking_rms * 1e3:.1f} mm after the first lap ({summary.tracking_from:.1f} s)")
         )
+    if np.isfinite(summary.touched):
+        rows.append(("peak force at touch", f"{summary.force_peak:.1f} N, at {summary.touched:.2f} s"))
+    if np.isfinite(summary.force_rms):
+        rows.append(("force error", f"RMS {summary.force_rms:.2f} N after the first lap"))
     if np.isfinite(summary.clearance):
         rows.append(("least clearance", _mark(f"{summary.clearance * 1e3:.0f} mm", summary.clearance < 0)))
     return rows

@@ -87,6 +87,7 @@ class Session:
         else:
             build_controller(config, file, self.model)  # a bad setting is refused here, before a process starts
             self.port = ProcessPort(config, file)
+        self._touches = isinstance(self.driver, SimDriver) and self.model.mj.npair > 0
         self._override: tuple[np.ndarray, np.ndarray | None] | None = None
         self._latency = self._next_watch = 0.0
         self.interrupted = False
@@ -180,6 +181,8 @@ class Session:
             self.monitor.clearance(),
             getattr(self.driver, "reward", math.nan),
         ]
+        if self._touches:
+            row.append(self.driver.pressed())
         return [*row, float(tick.clamped), float(tick.holding)]
 
     def _open_logs(self, folder: Path) -> None:
@@ -190,7 +193,9 @@ class Session:
         for name, model in (("parameters", self.model), ("truth", self.truth)):
             if model.parameters is not None and (name == "parameters" or model is not self.model):
                 write_parameters(folder / f"{name}.yaml", model.parameters)
-        self._log = LogWriter(folder / "log.csv", _columns(self.model, isinstance(self.config.goal, JointGoal)), header)
+        self._log = LogWriter(
+            folder / "log.csv", _columns(self.model, isinstance(self.config.goal, JointGoal), self._touches), header
+        )
         self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
 
 
@@ -206,7 +211,7 @@ _PLAN_COLUMNS = [
 ]
 
 
-def _columns(model: Model, joints: bool) -> list[tuple[str, str]]:
+def _columns(model: Model, joints: bool, touches: bool) -> list[tuple[str, str]]:
     robot, revolute = model.robot, dict(zip(model.tree.joints, model.tree.revolute))
     position = {joint: "rad" if turning else "m" for joint, turning in revolute.items()}
     force = {joint: "N·m" if turning else "N" for joint, turning in revolute.items()}
@@ -225,6 +230,7 @@ def _columns(model: Model, joints: bool) -> list[tuple[str, str]]:
         ("error.rotation", "rad"),
         ("clearance", "m"),
         ("reward", "1"),
+        *([("contact.force", "N")] if touches else []),
         ("gate.clamped", "1"),
         ("holding", "1"),
     ]

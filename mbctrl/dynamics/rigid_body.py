@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mbctrl.base.errors import ModelError
 from mbctrl.dynamics.actuation import Impedance, Torque
+from mbctrl.dynamics.contact import Contact
+from mbctrl.dynamics.touch import Touch
 from mbctrl.dynamics.tree import Frame, RigidTree
 
 INTEGRATORS = ("euler", "leapfrog")
@@ -56,6 +58,7 @@ class RigidBodyDynamics:
         effort_limit: (nu,) bounds of the total actuator torque [N·m]; None: unbounded.
         integrator: one of INTEGRATORS.
         gravity_compensation: the arm adds its own gravity torque (counted against the limit).
+        contact: what may touch; None: nothing does.
         dtype, device: of every tensor; float32 for planning, float64 for reference.
 
     Errors:
@@ -72,13 +75,14 @@ class RigidBodyDynamics:
         effort_limit: tuple[float, ...] | None = None,
         gravity_compensation: bool = False,
         integrator: str = "euler",
+        contact: Contact | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.tree, self.dt, self.actuation, self.compensated = tree, dt, actuation, gravity_compensation
         if integrator not in INTEGRATORS:
             raise ValueError(f"unknown integrator {integrator!r}; known: {', '.join(INTEGRATORS)}")
-        self.integrator = integrator
+        self.integrator, self.contact = integrator, contact
         self.commanded = list(range(tree.n)) if commanded is None else list(commanded)
         self.nq, self.nx, self.nu = tree.n, 2 * tree.n, len(self.commanded)
         self.dtype, self.device = dtype, torch.device(device)
@@ -161,7 +165,7 @@ class RigidBodyDynamics:
         """Return M(q), bias without gravity and gravity torque at ``q``, ``v`` (nv, N)."""
         poses = self.poses(q)
         rotation, position = torch.stack(poses.rotation), torch.stack(poses.position)  # (n, 3, 3, N), (n, 3, N)
-        axes = self._screws(rotation, position)  # (n, 3, 2, N): angular and linear
+        axes = self.screws(rotation, position)  # (n, 3, 2, N): angular and linear
         inertia, moment = self._inertia(rotation, position)
         n, samples = self.nq, q.shape[-1]
         own = axes * v[:, None, None]
@@ -185,7 +189,7 @@ class RigidBodyDynamics:
         matrix = lower + (lower * self._strictly).transpose(0, 1) + self._armature_matrix
         return Terms(matrix, bias, gravity)
 
-    def _screws(self, rotation: Tensor, position: Tensor) -> Tensor:
+    def screws(self, rotation: Tensor, position: Tensor) -> Tensor:
         """Return each joint's axis as [angular, linear] velocity at the world's origin, (n, 3, 2, N)."""
         z = rotation[:, :, 2]
         moment = _cross(position[:, :, None], z[:, :, None])
@@ -220,13 +224,16 @@ class RigidBodyDynamics:
         drag = h * self._damping + torch.diagonal(terms.mass_matrix, dim1=0, dim2=1).T
         torque, servo_drag = self._effort(q, v, u, terms, load, drag)
         load, drag = load + torque, drag + servo_drag
+        touch = None if self.contact is None else Touch(self, self.contact, middle, h if middle is q else 0.5 * h)
         if self._has_friction:
             # Friction at the speed the joint is about to have (a diagonal estimate, friction's own pull included, of
             # its straight-line form clip(v / vs)): it sticks and slides at any h.
-            free, taken = (v + h * load / drag).abs(), h * self._friction / drag
+            felt = load if touch is None else load + touch.pushed(v, load, drag)
+            free, taken = (v + h * felt / drag).abs(), h * self._friction / drag
             rate = self._friction_rate(torch.maximum(free - taken, free / (1 + taken / FRICTION_SPEED)))
             load, drag = load - rate * v, drag + h * rate
-        solved = _solve(torch.where(self._on_diagonal, drag[:, None], terms.mass_matrix), load)
+        matrix = torch.where(self._on_diagonal, drag[:, None], terms.mass_matrix)
+        solved = _solve(matrix, load) if touch is None else touch.solve(matrix, load, v)
         v = v + h * solved
         q = middle + (0.5 * h) * v if self.integrator == "leapfrog" else q + h * v
         return torch.cat((q, v))

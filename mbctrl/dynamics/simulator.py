@@ -39,7 +39,7 @@ class SimulatorDynamics:
 
     Errors:
         ModelError: for steps that do not divide, fields without ``mujoco.batch``, or gravity compensation of an arm
-            with unactuated joints.
+            with unactuated joints whose load by gravity is not constant.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class SimulatorDynamics:
         self.commanded = list(range(mj.nv)) if commanded is None else list(commanded)
         self.nq, self.nx, self.nu = mj.nq, mj.nq + mj.nv, len(self.commanded)
         self.dtype, self.device = torch.float64, torch.device("cpu")
+        self._weight = np.zeros(mj.nv)
         self._fields, self._limit = dict(fields or {}), effort_limit
         self._servo = isinstance(actuation, Impedance)
         self._model = copy.copy(mj)
         self._model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION
         if gravity_compensation:
-            if sorted(self.commanded) != list(range(mj.nv)):
-                raise ModelError("gravity compensation needs every joint actuated", key="dynamics.backend")
+            self._weight = _constant_weight(mj, self.commanded)
             self._model.opt.gravity[:] = 0  # the arm's own gravity torque cancels it exactly
         self._gain = np.ones(self.nu)
         if isinstance(actuation, Impedance):
@@ -99,7 +99,7 @@ class SimulatorDynamics:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""
         horizon, _, samples = u.shape
         start = x0.detach().to(self.dtype).cpu().numpy().T
-        torque = np.zeros((samples, horizon, self._model.nv))
+        torque = np.zeros((samples, horizon, self._model.nv)) + self._weight
         command = u.detach().to(self.dtype).cpu().numpy().transpose(2, 0, 1) * self._gain
         if self._limit is not None and not self._servo:
             command = np.clip(command, -np.asarray(self._limit), self._limit)
@@ -137,3 +137,25 @@ class SimulatorDynamics:
         full[:, 1 : 1 + self.nx] = start
         states, _ = rollout.rollout(self._model, data, full, torque, control_spec=int(mujoco.mjtState.mjSTATE_QFRC_APPLIED))
         return states[:, :, 1 : 1 + self.nx]
+
+
+def _constant_weight(mj: mujoco.MjModel, commanded: list[int]) -> np.ndarray:
+    """Return what gravity does to the unactuated joints, (nv,) [N]: constant, where they are slides that only slides carry.
+
+    Errors:
+        ModelError: naming a joint that gravity loads otherwise.
+    """
+    data, bias, weight = mujoco.MjData(mj), np.zeros(mj.nv), np.zeros(mj.nv)
+    mujoco.mj_fwdPosition(mj, data)
+    mujoco.mj_rne(mj, data, 0, bias)
+    for joint in sorted(set(range(mj.nv)) - set(commanded)):
+        above = joint
+        while above >= 0:
+            if mj.jnt_type[above] != mujoco.mjtJoint.mjJNT_SLIDE:
+                raise ModelError(
+                    f"gravity compensation needs every joint actuated but slides that slides carry, found {mj.joint(joint).name}",
+                    key="dynamics.backend",
+                )
+            above = int(mj.dof_parentid[above])
+        weight[joint] = -bias[joint]
+    return weight

@@ -44,6 +44,8 @@ def refuse(controller: MpcController) -> None:
         raise SpecError(
             f"{controller.config.planner.noise} points are not exported; expected white or coloured", key="planner.noise"
         )
+    if controller.config.dynamics.contact is not None:
+        raise SpecError("a contact in the physics is not exported; expected null", key="dynamics.contact")
     if controller.config.dynamics.backend == "mujoco":
         raise SpecError("MuJoCo as the model is not exported; expected kernel, torch or auto", key="dynamics.backend")
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mbctrl.dynamics.contact import Contact
 from mbctrl.kernels.graph import maximum, minimum, where
 from mbctrl.kernels.rigid_body import Array, Motion, TracedArm
+from mbctrl.kernels.touch import TracedTouch
 
 # tanh(z) / z as a ratio of polynomials in z², a least-squares fit with weights driven to equal extremes on |z| <= 8:
 # largest relative error 7e-9 there, 3e-7 in float32; beyond, 1 / z is as near.
@@ -47,10 +49,11 @@ class TracedStep:
     Args:
         arm, drive: what moves and how.
         h: time step [s], a number or a Scalar.
+        contact: what may touch; None: nothing does.
     """
 
-    def __init__(self, arm: TracedArm, drive: Drive, h: Any) -> None:
-        self.arm, self.drive, self.h = arm, drive, h
+    def __init__(self, arm: TracedArm, drive: Drive, h: Any, contact: Contact | None = None) -> None:
+        self.arm, self.drive, self.h, self.contact = arm, drive, h, contact
         self.reference = np.asarray(arm.tree.reference, float).tolist()
 
     def angles(self, q: Array) -> tuple[Array, Array, Array]:
@@ -67,20 +70,25 @@ class TracedStep:
         ``where_q`` are the angles of ``q`` (euler) or of q + h v / 2 (leapfrog).
         """
         tree, h, middle = self.arm.tree, self.h, self.middle(q, v)
-        motion = self.arm.motion(*self.arm.turns(*where_q), v, *where_q[1:])
+        turns = self.arm.turns(*where_q)
+        motion = self.arm.motion(*turns, v, *where_q[1:])
         load = -motion.bias - motion.gravity - tree.damping * v
         for i in range(tree.n):
             if _present(tree.stiffness[i]):
                 load[i] = load[i] - tree.stiffness[i] * (middle[i] - tree.spring_reference[i])
         drag = np.diagonal(motion.mass_matrix) + h * tree.damping
         load, drag = self._actuated(q, v, u, motion, load, drag)
+        touch, felt = None, load
+        if self.contact is not None:
+            touch = TracedTouch(self.arm, self.contact, turns, h, 0.5 * h if self.drive.integrator == "leapfrog" else h)
+            felt = load + touch.pushed(v, load, drag)
         for i in range(tree.n):
             if _present(tree.friction[i]):
-                rate = self._friction_rate(tree.friction[i], v[i], load[i], drag[i])
+                rate = self._friction_rate(tree.friction[i], v[i], felt[i], drag[i])
                 load[i], drag[i] = load[i] - rate * v[i], drag[i] + h * rate
         matrix = motion.mass_matrix.copy()
         np.fill_diagonal(matrix, drag)
-        acceleration = self.arm.solve(matrix, load)
+        acceleration = self.arm.solve(matrix, load) if touch is None else touch.solve(matrix, load, v)
         after = v + h * acceleration
         return (middle + (0.5 * h) * after if self.drive.integrator == "leapfrog" else q + h * after), after, acceleration
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from mbctrl.base.scene import Obstacle
+from mbctrl.dynamics.contact import PARAMETERS as CONTACT_PARAMETERS
+from mbctrl.dynamics.contact import Contact, mount_of
 from mbctrl.dynamics.tree import Frame, RigidTree
 from mbctrl.kernels.graph import Graph
 from mbctrl.kernels.program import Program
@@ -23,6 +25,9 @@ PARAMETERS = ("mass", "com", "inertia", "armature", "damping", "friction")
 """Fields of the tree that may be inputs of a program, in the order of their values."""
 GAINS = {"servo_stiffness": "stiffness", "servo_damping": "damping"}
 """Gains of an impedance drive that may be inputs as well, one value a command, and the Drive's fields they stand for."""
+
+CONTACT = {f"contact_{name}": name for name in CONTACT_PARAMETERS}
+"""Parameters of a contact that may be inputs, too, one value each, and the Contact's fields they stand for."""
 
 
 @dataclass(frozen=True)
@@ -84,28 +89,45 @@ class Traced:
 
 
 def trace_dynamics(
-    tree: RigidTree, drive: Drive, parameters: Sequence[str] = (), each: bool = False, residual: TracedResidual | None = None
+    tree: RigidTree,
+    drive: Drive,
+    parameters: Sequence[str] = (),
+    each: bool = False,
+    residual: TracedResidual | None = None,
+    contact: Contact | None = None,
 ) -> Traced:
     """Trace an arm's step; the time step [s] is the uniform ``dt``.
 
     Args:
         tree, drive: the arm.
-        parameters: names of PARAMETERS and GAINS to take as inputs, shapes as the tree's and the drive's.
+        parameters: names of PARAMETERS, GAINS and CONTACT to take as inputs, shapes as the tree's, the drive's and the
+            contact's.
         each: every sample has its own parameters (domain randomisation); else one set for the rollout.
         residual: what is learnt on top.
+        contact: what may touch.
     """
     graph = Graph()
     kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
     h = kinds["uniform"].array("dt", 1)[0]
     source = kinds["sample" if each else "uniform"]
-    shapes = {name: np.shape(getattr(drive, GAINS[name]) if name in GAINS else getattr(tree, name)) for name in parameters}
-    given = {name: source.array(name, *shape) for name, shape in shapes.items()}
+    given: dict[str, Array] = {}
+    for name in parameters:
+        owner, field = _owner(name, tree, drive, contact)
+        given[name] = source.array(name, *np.shape(getattr(owner, field)))
     gains = {GAINS[name]: tuple(values) for name, values in given.items() if name in GAINS}
-    tree = replace(tree, **{name: values for name, values in given.items() if name not in GAINS})
-    drive = replace(drive, **gains)
-    step = TracedStep(TracedArm(tree), drive, h)
+    touching = {CONTACT[name]: value.item() for name, value in given.items() if name in CONTACT}
+    tree = replace(tree, **{name: values for name, values in given.items() if name not in GAINS and name not in CONTACT})
+    drive, contact = replace(drive, **gains), contact and replace(contact, **touching)
+    step = TracedStep(TracedArm(tree), drive, h, contact)
     carry = _Carry(graph, step, len(drive.commanded), residual)
     return _finished(carry, *carry.advance(), kinds)
+
+
+def _owner(name: str, tree: RigidTree, drive: Drive, contact: Contact | None) -> tuple[Any, str]:
+    """Return what has the parameter of that name, and its field there."""
+    if name in CONTACT:
+        return contact, CONTACT[name]
+    return (drive, GAINS[name]) if name in GAINS else (tree, name)
 
 
 def trace_objective(
@@ -117,8 +139,9 @@ def trace_objective(
     goal: Goal,
     obstacles: Sequence[Obstacle] = (),
     residual: TracedResidual | None = None,
+    contact: Contact | None = None,
 ) -> Traced:
-    """Trace an arm's step, and what is learnt on top, with its task's cost.
+    """Trace an arm's step, its contact and what is learnt on top, with its task's cost.
 
     The table has a column a term, what its cost rate counts in that step (weight, discount and dt multiplied), then
     ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``u_before`` (nu) and
@@ -132,7 +155,7 @@ def trace_objective(
     table, uniform = kinds["table"], kinds["uniform"]
     terms = tuple(name for name, term in task.terms.items() if term.weight > 0)
     factors = table.array("terms", len(terms))
-    step = TracedStep(TracedArm(tree), drive, dt)
+    step = TracedStep(TracedArm(tree), drive, dt, contact)
     carry = _Carry(graph, step, len(drive.commanded), residual)
     before = uniform.array("u_before", len(drive.commanded))
     last = carry.add(before)
@@ -140,11 +163,21 @@ def trace_objective(
     u = carry.u
     position = rotation = None
     distances: tuple[Array, ...] = ()
-    if goal.position or obstacles:
+    gap = gap_rate = force = None
+    if goal.position or obstacles or contact:
         links = {tool.link} | ({c.link for c in tree.capsules} if obstacles else set())
+        links |= {contact.tip.link, contact.surface.link} if contact else set()
         turns = step.arm.turns(*(where_q if where_q is not None else step.angles(q)))
         poses = step.arm.world(*turns, links)
         rotation, position = frame_in_world(poses, tool)
+        if contact is not None:
+            gap = _gap(contact, poses)
+            if any(task.terms[name].needs == "contact_rate" for name in terms):
+                first = step.arm.turns(*step.angles(np.array(carry.first[: tree.n], dtype=object)))
+                before_gap = carry.add([_gap(contact, step.arm.world(*first, links))])[0]
+                gap_rate = (gap - before_gap) * (1.0 / dt)
+            mount = mount_of(contact, tree)
+            force = None if mount is None else mount.force(q, v)
         distances = tuple(clearances(tree, poses, o, table.array(f"obstacle.{k}", 3)) for k, o in enumerate(obstacles))
     pick = list(drive.commanded)
     effort = u
@@ -163,13 +196,17 @@ def trace_objective(
         R_world_target=table.array("r_target", 3, 3) if goal.rotation else None,
         q_target=uniform.array("q_target", tree.n) if goal.joints else None,
         clearances=distances,
+        contact_gap=gap,
+        contact_rate=gap_rate,
+        contact_force=force,
     )
     rate: Any = 0.0
     for factor, name in zip(factors, terms):
         rate = rate + factor * task.terms[name].cost(features, task.robot)
     total = carry.add(np.array([0.0], dtype=object))
     carry.cost = len(carry.first) - 1
-    return _finished(carry, q, v, where_q, kinds, before=u, cost=total[0] + rate, terms=terms)
+    more = [*u] if gap_rate is None else [*u, gap]
+    return _finished(carry, q, v, where_q, kinds, more, cost=total[0] + rate, terms=terms)
 
 
 class _Carry:
@@ -225,15 +262,14 @@ def _finished(
     v: Array,
     where_q: Any,
     kinds: dict[str, Inputs],
-    before: Any = None,
+    more: Iterable[Any] = (),
     cost: Any = None,
     terms: tuple[str, ...] = (),
 ) -> Traced:
     following: list[Any] = [*q, *v]
     if carry.kept:
         following += [*where_q[1][carry.turning], *where_q[2][carry.turning]]
-    if before is not None:
-        following += [*before]
+    following += more
     if cost is not None:
         following.append(cost)
     graph = carry.graph
@@ -248,6 +284,11 @@ def _finished(
         () if carry.residual is None else carry.residual.networks,
     )
     return Traced(program, kinds["table"].places, kinds["uniform"].places, kinds["sample"].places, terms)
+
+
+def _gap(contact: Contact, poses: dict[int, tuple[Array, Array]]) -> Any:
+    """Return the contact's gap [m] with the links of tip and surface at ``poses``."""
+    return -contact.depth(frame_in_world(poses, contact.tip)[1], *frame_in_world(poses, contact.surface))
 
 
 def clearances(tree: RigidTree, poses: dict[int, tuple[Array, Array]], obstacle: Obstacle, center: Array | None = None) -> Array:

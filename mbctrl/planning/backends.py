@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.base.errors import MbctrlError, ModelError, SpecError, suggest
+from mbctrl.base.scene import MOVING, JointGoal, PoseGoal
 from mbctrl.dynamics.actuation import drive_settings
+from mbctrl.dynamics.contact import Contact
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import load_residual
@@ -137,7 +138,7 @@ def _goals(config: RunConfig) -> set[Goal]:
     goal = config.goal
     if isinstance(goal, PoseGoal):
         return {Goal(position=True, rotation=target.rpy is not None) for target in goal.targets}
-    if isinstance(goal, FigureEightGoal):
+    if isinstance(goal, MOVING):
         return {Goal(position=True, rotation=goal.rpy is not None)}
     return {Goal(joints=True) if isinstance(goal, JointGoal) else Goal(position=True)}
 
@@ -154,9 +155,33 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
+    more: dict[str, Any] = {"integrator": dynamics.integrator, "device": dynamics.device}
     return RigidBodyDynamics(
-        model.tree, dynamics.dt, **drive_settings(model.robot), integrator=dynamics.integrator, device=dynamics.device
+        model.tree, dynamics.dt, **drive_settings(model.robot), contact=contact_of(config, model, file), **more
     )
+
+
+def contact_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Contact | None:
+    """Return the contact that the run's physics knows, None where it declares none.
+
+    Errors:
+        SpecError: for a frame the model does not have, and for a tip that its surface carries.
+    """
+    spec = config.dynamics.contact
+    if spec is None:
+        return None
+    frames = model.tree.frames
+    for key in ("tip", "surface"):
+        name = getattr(spec, key)
+        if name not in frames:
+            raise SpecError(
+                f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=f"dynamics.contact.{key}"
+            )
+    numbers = spec.model_dump(exclude={"tip", "surface"})
+    try:
+        return Contact(tip=frames[spec.tip], surface=frames[spec.surface], **numbers)
+    except ModelError as error:
+        raise SpecError(error.message, file=file, key="dynamics.contact") from None
 
 
 def hybrid_of(

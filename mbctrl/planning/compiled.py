@@ -13,7 +13,7 @@ from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.residual import TracedResidual
 from mbctrl.kernels.step import Drive
-from mbctrl.kernels.trace import trace_dynamics, trace_objective
+from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
 from mbctrl.planning.engines import CpuEngine, Engine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
@@ -42,7 +42,7 @@ def traced_residual(hybrid: HybridDynamics) -> TracedResidual:
 
 def kernel_dynamics(dynamics: RigidBodyDynamics, engine: CpuEngine, residual: TracedResidual | None = None) -> KernelDynamics:
     """Return the arm's compiled rollouts; the engine's precision is theirs."""
-    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual)
+    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual, contact=dynamics.contact)
     return KernelDynamics(traced, dynamics.dt, engine, None if residual is None else residual.weights)
 
 
@@ -84,8 +84,13 @@ def kernel_search(
         TypeError: where a term cannot be traced, when the search is first used.
     """
     colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
+
+    def traced(goal: Goal) -> Traced:
+        arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
+        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact)
+
     return KernelSearch(
-        lambda goal: trace_objective(dynamics.tree, drive_of(dynamics), dynamics.dt, tool, task, goal, obstacles, residual),
+        traced,
         term_factors(task, knots.steps, dynamics.dt, discount),
         knots,
         Drawing(colour, None if noise.counted else noise.draw),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import SpecError
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import FigureEightGoal, PoseGoal
+from mbctrl.base.scene import MOVING, CircleGoal, PoseGoal
+from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
@@ -23,6 +26,7 @@ from mbctrl.planning.planner import Planner
 from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.tasks.features import RobotScales
 from mbctrl.tasks.task import Task, build_task
+from mbctrl.tasks.terms import ContactForce
 
 
 class MpcController(Mpc):
@@ -45,8 +49,9 @@ class MpcController(Mpc):
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.hybrid = hybrid_of(config, model, self.analytic, file)
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
-        self.task = build_task(config.task, scales_of(robot), file=file)
+        self.task = with_force(build_task(config.task, scales_of(robot), file=file), config, file)
         check_needs(self.task, config, robot, file)
+        check_contact(self.task, self.analytic, file)
         low, high = command_bounds(robot)
         noise = Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like)
         rule = build_rule(config, file)
@@ -82,12 +87,46 @@ def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | 
     Errors:
         SpecError: naming the term.
     """
-    has_target = isinstance(config.goal, (PoseGoal, FigureEightGoal)) or config.goal.kind == "backend"
+    has_target = isinstance(config.goal, (PoseGoal, *MOVING)) or config.goal.kind == "backend"
     for name, term in task.terms.items():
         if term.needs == "p_world_target" and not has_target:
             raise SpecError(f"needs a goal with a tool target, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
         if term.needs == "acceleration" and robot.limits.acceleration is None:
             raise SpecError("needs a robot with limits.acceleration, found none", file=file, key=f"task.{name}")
+
+
+def check_contact(task: Task, analytic: RigidBodyDynamics, file: str | Path | None) -> None:
+    """Refuse terms of a contact that is not declared, or whose force no spring tells.
+
+    Errors:
+        SpecError: naming the term.
+    """
+    contact = analytic.contact
+    for name, term in task.terms.items():
+        if term.needs in ("contact_gap", "contact_rate", "contact_force") and contact is None:
+            raise SpecError("needs dynamics.contact, found none", file=file, key=f"task.{name}")
+        if term.needs == "contact_force" and contact is not None and mount_of(contact, analytic.tree) is None:
+            raise SpecError(
+                "needs a contact whose surface rests on a slide with a spring along its normal, found none",
+                file=file,
+                key=f"task.{name}",
+            )
+
+
+def with_force(task: Task, config: RunConfig, file: str | Path | None) -> Task:
+    """Return the task with the goal's force as the target of the terms of force that have none.
+
+    Errors:
+        SpecError: where the goal has none either.
+    """
+    terms = dict(task.terms)
+    for name, term in task.terms.items():
+        if isinstance(term, ContactForce) and term.target is None:
+            force = config.goal.force if isinstance(config.goal, CircleGoal) else None
+            if force is None:
+                raise SpecError("needs a target, its own or a goal's force, found none", file=file, key=f"task.{name}.target")
+            terms[name] = term.model_copy(update={"target": force})
+    return replace(task, terms=terms)
 
 
 def scales_of(robot: Any) -> RobotScales:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
+from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.planning.arrays import like
 from mbctrl.planning.knots import Knots
@@ -44,6 +45,7 @@ class FeatureMap:
         self._gains: tuple[Tensor, Tensor] | None = None
         if isinstance(actuation, Impedance):
             self._gains = (self._column(actuation.stiffness), self._column(actuation.damping))
+        self._mount = None if kinematics.contact is None else mount_of(kinematics.contact, tree)
         self._ends = [(c.link, np.stack([c.a, c.b])) for c in tree.capsules]
         self._radius = self._column([c.radius for c in tree.capsules])
 
@@ -60,14 +62,18 @@ class FeatureMap:
         x, u = states.to(model.dtype).movedim(0, 1), commands.movedim(0, 1)
         q, v = x[:nq, 1:], x[nq:, 1:]
         first = parameters.u_before[:, None, None].expand(-1, 1, samples)
-        position = rotation = None
+        position = rotation = gap = rate = None
         clearances: tuple[Tensor, ...] = ()
-        if parameters.p_target is not None or self.obstacles:
+        if parameters.p_target is not None or self.obstacles or model.contact is not None:
             poses = model.poses(q.reshape(nq, -1))
             r, p = model.frame(poses, self.tool)
             rotation, position = r.reshape(3, 3, horizon, samples), p.reshape(3, horizon, samples)
             if self.obstacles:
                 clearances = self.clearances(poses, parameters.obstacles, (horizon, samples))
+            if model.contact is not None:
+                gap = self._gap(poses).reshape(horizon, samples)
+                first_gap = self._gap(model.poses(x[:nq, 0])).reshape(1, samples)
+                rate = (gap - torch.cat((first_gap, gap[:-1]))) * (1.0 / model.dt)
         pick = self._pick
         return Features(
             q=q,
@@ -82,7 +88,16 @@ class FeatureMap:
             R_world_target=parameters.r_target,
             q_target=None if parameters.q_target is None else parameters.q_target[:, None, None],
             clearances=clearances,
+            contact_gap=gap,
+            contact_rate=rate,
+            contact_force=None if self._mount is None else self._mount.force(q, v),
         )
+
+    def _gap(self, poses: Any) -> Tensor:
+        """Return the declared contact's gap [m], a row of samples."""
+        model, contact = self.kinematics, self.kinematics.contact
+        tip = model.point(poses, contact.tip.link, contact.tip.position)
+        return -contact.depth(tip, *model.frame(poses, contact.surface))
 
     def clearances(self, poses: Any, positions: tuple[Tensor, ...], shape: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return for each obstacle at ``positions`` (3, H, 1) the capsules' distances (C, H, N) [m]."""

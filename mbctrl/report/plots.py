@@ -179,6 +179,8 @@ def _side_panels(log: Log, plans: Log) -> list[Panel]:
         rows.append((1.0, 1, lambda axes: _draw_reward(axes[0], log)))
     if _finite(log, "clearance"):
         rows.append((1.0, 1, lambda axes: _draw_clearance(axes[0], log)))
+    if _finite(log, "contact.force"):
+        rows.append((1.0, 1, lambda axes: _draw_force(axes[0], log)))
     if _finite(plans, "latency"):
         rows.append((1.0, 1, lambda axes: _draw_latency(axes[0], plans)))
     return rows
@@ -274,6 +276,13 @@ def _draw_clearance(axes: Axes, log: Log) -> None:
     axes.axhspan(axes.get_ylim()[0], 0, color=ALARM, alpha=0.12, lw=0)  # in contact
     axes.axhline(0, color=ALARM, lw=0.9, ls=(0, (5, 3)))
     axes.set(title=f"clearance, lowest {lowest:.1f} mm", ylabel="clearance [mm]")
+    _time_axis(axes, t)
+
+
+def _draw_force(axes: Axes, log: Log) -> None:
+    force, t = log["contact.force"], _time(log)
+    axes.plot(t, force, color=COLOURS[4])
+    axes.set(title=f"contact force, highest {np.nanmax(force):.1f} N", ylabel="normal force [N]")
     _time_axis(axes, t)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.logs import Log
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import FigureEightGoal
+from mbctrl.base.scene import MOVING, CircleGoal
 from mbctrl.runtime.loop import Counts
 from mbctrl.runtime.progress import Progress
 
@@ -31,6 +31,9 @@ class Summary:
     tracking_rms: float  # after the first lap
     tracking_from: float
     clearance: float
+    force_rms: float  # [N] of the error of the goal's force, when the tracking error is taken
+    force_peak: float  # [N] in the second after the first touch
+    touched: float  # [s] when that was
     reward: float | None
     latency_p50: float
     latency_p99: float
@@ -66,7 +69,7 @@ def summarise(
 ) -> Summary:
     """Judge a run from its logs ``log`` and ``plans`` and what the loop counted."""
     t, error = log["t"], log["error.position"]
-    lap = config.goal.lap if isinstance(config.goal, FigureEightGoal) else np.inf
+    lap = config.goal.lap if isinstance(config.goal, MOVING) else np.inf
     after = t > lap
     latency, cpu, ess = plans["latency"], plans["cpu"], plans["ess"]
     duration = float(t[-1]) if len(t) else 0.0
@@ -80,6 +83,7 @@ def summarise(
         tracking_rms=float(np.sqrt(np.mean(error[after] ** 2))) if after.any() else np.nan,
         tracking_from=float(lap),
         clearance=float(np.nanmin(log["clearance"])) if np.isfinite(log["clearance"]).any() else np.nan,
+        **_pressing(config, log, after),
         reward=reward,
         latency_p50=_percentile(latency, 50),
         latency_p99=_percentile(latency, 99),
@@ -96,6 +100,20 @@ def summarise(
         limits=limit_use(robot, log),
         interrupted=interrupted,
     )
+
+
+def _pressing(config: RunConfig, log: Log, after: np.ndarray) -> dict[str, float]:
+    """Return the figures of a contact, nan where there is none."""
+    found = dict.fromkeys(("force_rms", "force_peak", "touched"), np.nan)
+    if "contact.force" not in log:
+        return found
+    t, force = log["t"], log["contact.force"]
+    if (force > 0).any():
+        touched = float(t[np.argmax(force > 0)])
+        found |= {"touched": touched, "force_peak": float(force[(t >= touched) & (t <= touched + 1.0)].max())}
+    if isinstance(config.goal, CircleGoal) and config.goal.force is not None and after.any():
+        found["force_rms"] = float(np.sqrt(np.mean((force[after] - config.goal.force) ** 2)))
+    return found
 
 
 def limit_use(robot: Robot, log: Log) -> dict[str, tuple[float, str]]:

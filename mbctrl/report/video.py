@@ -14,7 +14,7 @@ import numpy as np
 
 from mbctrl.base.errors import ExtraError
 from mbctrl.base.logs import Log, LogError
-from mbctrl.base.scene import BackendGoal, FigureEightGoal, JointGoal, Obstacle, PoseGoal
+from mbctrl.base.scene import MOVING, Goal, Obstacle, PoseGoal
 from mbctrl.report import replacing
 from mbctrl.report.offscreen import Canvas
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 TRACE = 4.0  # [s], how long the tool's trace stays visible
 TOOL, TARGET, OBSTACLE, GHOST = (0.10, 0.55, 1.0), (0.20, 0.80, 0.35), (0.90, 0.15, 0.12), (0.95, 0.75, 0.20)
 AXES = ((0.90, 0.20, 0.20), (0.20, 0.75, 0.25), (0.20, 0.40, 0.95))
-AnyGoal = PoseGoal | FigureEightGoal | JointGoal | BackendGoal | None
+AnyGoal = Goal | None
 
 
 def render_video(
@@ -181,7 +181,7 @@ def _pale_targets(goal: AnyGoal) -> list[np.ndarray]:
     """Return lines (N, 3) [m] that show the whole goal; of one point each for poses."""
     if isinstance(goal, PoseGoal):
         return [np.array([target.position]) for target in goal.targets] if len(goal.targets) > 1 else []
-    if isinstance(goal, FigureEightGoal):
+    if isinstance(goal, MOVING):
         return [goal.sample(0, np.linspace(0, goal.lap, 61))[0]]
     return []
 

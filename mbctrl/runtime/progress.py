@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mbctrl.base.poses import angle_between
-from mbctrl.base.scene import FigureEightGoal, JointGoal, PoseGoal
+from mbctrl.base.scene import MOVING, CircleGoal, JointGoal, PoseGoal
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Progress:
 
     def target(self, t: float) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Return the tool target due at ``t`` [s]: position (3,) [m] and rotation (3, 3) or None; None without one."""
-        if not isinstance(self.goal, (PoseGoal, FigureEightGoal)):
+        if not isinstance(self.goal, (PoseGoal, *MOVING)):
             return None
         position, rotation = self.goal.sample(self.index, np.array([t]))
         return position[0], None if rotation is None else rotation[0]
@@ -54,7 +54,10 @@ class Progress:
         target = override or self.target(t)
         if target is None:
             return
-        self.position_error = float(np.linalg.norm(tool[0] - target[0]))
+        off = tool[0] - target[0]
+        if isinstance(self.goal, CircleGoal) and self.goal.force is not None:
+            off = np.asarray(self.goal.axes) @ off  # the rest is what the force decides
+        self.position_error = float(np.linalg.norm(off))
         self.rotation_error = 0.0 if target[1] is None else angle_between(tool[1], target[1])
         if isinstance(self.goal, PoseGoal) and override is None:
             inside = self.position_error <= self.goal.tolerance_position and self.rotation_error <= self.goal.tolerance_rotation

@@ -17,7 +17,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import DriverError, MbctrlError, SpecError
 from mbctrl.base.plan import PlanRequest
-from mbctrl.base.scene import FigureEightGoal
+from mbctrl.base.scene import MOVING
 from mbctrl.runtime.bundle import Bundle, load_bundle
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState
 from mbctrl.runtime.guard import Guard, GuardSettings
@@ -268,7 +268,7 @@ class Servo:
     def _track(self, t: float) -> None:
         """Sum up how far the tool is from a moving target, after the first lap and while plans are followed."""
         goal = self.config.goal
-        if isinstance(goal, FigureEightGoal) and t > goal.lap and self.guard.ladder.mode is Mode.RUN:
+        if isinstance(goal, MOVING) and t > goal.lap and self.guard.ladder.mode is Mode.RUN:
             self._squares += self.progress.position_error**2
             self._followed += 1
 

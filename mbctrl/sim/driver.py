@@ -73,6 +73,14 @@ class SimDriver(Driver):
         """Take the command away; the arm's own gravity torque remains."""
         self._command = None
 
+    def pressed(self) -> float:
+        """Return the sum of the normal forces of every contact in the last physics step [N]."""
+        force, total = np.zeros(6), 0.0
+        for index in range(self.data.ncon):
+            mujoco.mj_contactForce(self.model, self.data, index, force)
+            total += force[0]
+        return float(total)
+
     def _gravity(self) -> np.ndarray:
         """Return the torque the arm adds by itself at the present position, (nu,) [N·m]."""
         if not self._compensated:

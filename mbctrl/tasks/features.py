@@ -25,6 +25,9 @@ class Features:
     R_world_target: Any  # (3)(3), or None: any orientation
     q_target: Any  # (nq) [rad], or None
     clearances: tuple[Any, ...]  # for each obstacle the distances of the arm's capsules from it [m], first index: capsule
+    contact_gap: Any = None  # of the declared contact [m], negative in it, or None
+    contact_rate: Any = None  # of the gap, mean over the step [m/s], or None
+    contact_force: Any = None  # what presses the declared contact's surface on its spring [N], or None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mbctrl.base.robot import Positive, Vector
 from mbctrl.base.spec import Number, Spec
-from mbctrl.tasks.algebra import absolute, cos, dot, positive, pseudo_huber
+from mbctrl.tasks.algebra import absolute, clip01, cos, dot, positive, pseudo_huber
 from mbctrl.tasks.features import Features, RobotScales
 
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -32,9 +32,11 @@ class Term(Spec):
         """Return the cost rate of one step, dimensionless, a row of samples."""
 
 
-def _position_error(f: Features, scale: float) -> Any:
+def _position_error(f: Features, scale: float, axes: tuple[float, float, float] | None = None) -> Any:
     error = [f.p_world_tcp[i] - f.p_world_target[i] for i in range(3)]
-    return dot(error, error) * (1.0 / scale**2)
+    if axes is None:
+        return dot(error, error) * (1.0 / scale**2)
+    return sum(axis * (error[i] * error[i]) for i, axis in enumerate(axes) if axis) * (1.0 / scale**2)
 
 
 def _rotation_error(f: Features, scale: float) -> Any:
@@ -62,15 +64,19 @@ class Reach(Term):
 
 
 class Track(Term):
-    """Tool pose on a moving reference: squared distance and angle, each over its scale."""
+    """Tool pose on a moving reference: squared distance and angle, each over its scale.
+
+    ``axis_weights`` count the error along the world's x, y and z; null: all alike.
+    """
 
     needs: ClassVar[str | None] = "p_world_target"
     position_scale: Positive = 0.01  # [m]
     rotation_scale: Positive = 0.1  # [rad]
     rotation_weight: NonNegative = 1.0
+    axis_weights: tuple[NonNegative, NonNegative, NonNegative] | None = None
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
-        total = _position_error(f, self.position_scale)
+        total = _position_error(f, self.position_scale, self.axis_weights)
         if f.R_world_target is None or self.rotation_weight == 0:
             return total
         return total + self.rotation_weight * _rotation_error(f, self.rotation_scale)
@@ -190,6 +196,51 @@ class Avoid(Term):
         return total * (1.0 / self.buffer**2)
 
 
+class ContactForce(Term):
+    """Force on the declared contact's surface at ``target``: squared error over ``scale`` [N].
+
+    The force is what the surface's own spring and damper bear, so it is known with any model and on a robot. Without a
+    target it is the goal's.
+    """
+
+    needs: ClassVar[str | None] = "contact_force"
+    target: Positive | None = None  # [N]
+    scale: Positive = 5.0  # [N]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        error = f.contact_force - (self.target or 0.0)
+        return error * error * (1.0 / self.scale**2)
+
+
+class ContactGap(Term):
+    """Tip of the declared contact down on its surface: pseudo-Huber of the gap over ``scale`` [m], nothing in contact.
+
+    What leads to a surface from afar, where its force says nothing yet.
+    """
+
+    needs: ClassVar[str | None] = "contact_gap"
+    scale: Positive = 0.05  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        gap = positive(f.contact_gap) * (1.0 / self.scale)
+        return pseudo_huber(gap * gap)
+
+
+class ContactApproach(Term):
+    """Tip of the declared contact no faster than ``speed`` [m/s] towards its surface: zero below, growing as the square.
+
+    Counts fully at the surface and no more from ``reach`` [m] on, so that touching is gentle and the way there is not slow.
+    """
+
+    needs: ClassVar[str | None] = "contact_rate"
+    speed: Positive = 0.05  # [m/s]
+    reach: Positive = 0.03  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        over = positive(f.contact_rate * (-1.0 / self.speed) - 1.0)
+        return clip01(1.0 - f.contact_gap * (1.0 / self.reach)) * (over * over)
+
+
 TERMS = {
     "reach": "mbctrl.tasks.terms:Reach",
     "track": "mbctrl.tasks.terms:Track",
@@ -201,4 +252,7 @@ TERMS = {
     "velocity_limits": "mbctrl.tasks.terms:VelocityLimits",
     "acceleration_limits": "mbctrl.tasks.terms:AccelerationLimits",
     "avoid": "mbctrl.tasks.terms:Avoid",
+    "contact_force": "mbctrl.tasks.terms:ContactForce",
+    "contact_approach": "mbctrl.tasks.terms:ContactApproach",
+    "contact_gap": "mbctrl.tasks.terms:ContactGap",
 }
