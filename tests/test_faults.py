@@ -509,12 +509,14 @@ def test_a_provider_that_is_not_there_is_refused(bench: Bench) -> None:
     [
         ("link", "ur", "joint"),
         ("ur", "link", "expected a robot of six actuated joints, 'panda' has 7"),
+        ("ur5e", "ur", "the arm is a UR5, expected a UR10"),
         ("franka", "ur", "expected 7 driven joints"),
     ],
 )
 def test_another_robot_is_refused(protocol: str, of: str, says: str, bench: Bench) -> None:
     """Row 12: by its joints."""
-    with server(protocol, bench.folder / "server.log") as arm:
+    protocol, robot = ("ur", protocol) if protocol == "ur5e" else (protocol, None)  # joints of the same names
+    with server(protocol, bench.folder / "server.log", robot=robot) as arm:
         run = settle(deploy(bench.bundle(of), protocol, arm, bench.folder / "run"), arm)
     assert says in refused(run)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import load_robot
-from mbctrl.drivers.ur import DASHBOARD_PORT, RTDE_PORT, SCRIPT_PORT, UrDriver
+from mbctrl.drivers.ur import DASHBOARD_PORT, RTDE_PORT, SCRIPT_PORT, UrDriver, _model
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.runtime.driver import JointCommand, Status
 from mbctrl.sim.plant import Plant
@@ -406,6 +406,11 @@ def test_nobody_there_is_one_line_with_host_and_port(ports: tuple[int, ...], fou
     with mute(*ports) if ports else nullcontext(), pytest.raises(DriverError) as caught:
         UrDriver(ROBOT, "127.0.0.2").open()
     assert str(caught.value) == found
+
+
+@pytest.mark.parametrize("text, model", [("UR10", "UR10"), ("ur10e", "UR10"), ("UR5e", "UR5"), ("my_arm", ""), ("could not", "")])
+def test_the_size_of_an_arm_is_read_off_its_name(text: str, model: str) -> None:
+    assert _model(text) == model
 
 
 # --- the driver and the vendor's client against the wire in another process -------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import struct
 import threading
@@ -84,7 +85,7 @@ class UrDriver(Driver):
         ):
             if not low <= value <= high:
                 raise DriverError(f"expected {low} to {high}, found {value}", key=key)
-        self._host, self._epoch, self._mode = host, epoch, mode
+        self._host, self._epoch, self._mode, self._robot = host, epoch, mode, robot.name
         self.follows = "position" if mode == "servoj" else "law"
         self._servo = (0.0, 0.0, 1 / robot.control.rate, lookahead, gain)  # speed, acceleration (not used), time, ...
         self._watchdog, self._guarded = watchdog, False
@@ -100,7 +101,7 @@ class UrDriver(Driver):
 
         Errors:
             ExtraError: ur_rtde is not installed.
-            DriverError: nobody answers, the arm is stopped, another client commands it.
+            DriverError: nobody answers, the arm is stopped or of another size, another client commands it.
         """
         receive = need("rtde_receive", "ur", "the ur driver")
         control = need("rtde_control", "ur", "the ur driver")
@@ -222,6 +223,10 @@ class UrDriver(Driver):
                 bits, mode = struct.unpack(">xIi", rtde.answer(b"U"))
             if (status := _status(bits, mode, _PLAYING)) is not Status.OK:
                 raise DriverError(f"the arm takes no commands: {status.value} (robot mode {mode})", key=self._host)
+            dashboard.send(b"get robot model\n")
+            found, expected = _model(dashboard.line()), _model(self._robot)
+            if found and expected and found != expected:  # their joints have the same names
+                raise DriverError(f"the arm is a {found}, expected a {expected}", key=self._host)
             dashboard.send(b"stop\n")  # a program that waits for something would keep the client's constructor waiting
             dashboard.line()
 
@@ -235,6 +240,12 @@ def _end(control: Any) -> None:
             control.stopScript()
     except Exception as error:  # the client throws what its C++ throws
         _log.warning("stop: %s", error)
+
+
+def _model(text: str) -> str:
+    """Return "UR10" of "UR10" or "ur10e": a controller does not say of which series it is; "" of anything else."""
+    found = re.match(r"ur\d+", text, re.IGNORECASE)
+    return found.group().upper() if found else ""
 
 
 def _status(bits: int, mode: int, runtime: int) -> Status:
