@@ -408,9 +408,9 @@ def test_nobody_there_is_one_line_with_host_and_port(ports: tuple[int, ...], fou
     assert str(caught.value) == found
 
 
-@pytest.mark.parametrize("text, model", [("UR10", "UR10"), ("ur10e", "UR10"), ("UR5e", "UR5"), ("my_arm", ""), ("could not", "")])
-def test_the_size_of_an_arm_is_read_off_its_name(text: str, model: str) -> None:
-    assert _model(text) == model
+@pytest.mark.parametrize("text, size", [("UR10", "UR10"), ("ur10e", "UR10"), ("UR5e", "UR5"), ("my_arm", ""), ("could not", "")])
+def test_the_size_of_an_arm_is_read_off_its_name(text: str, size: str) -> None:
+    assert _model(text) == size
 
 
 # --- the driver and the vendor's client against the wire in another process -------------------------------------------
