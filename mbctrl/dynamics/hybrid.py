@@ -70,6 +70,10 @@ class HybridDynamics:
         self.base, self.residual, self.tool = base, residual, tool
         self.nq, self.nx, self.nu, self.dtype, self.device, self.dt = base.nq, base.nx, base.nu, base.dtype, base.device, base.dt
         self._layers = [(self._tensor(w), self._tensor(b)[:, :, None]) for w, b in residual.folded()]
+        # What all members take in, and what is summed over them, is one product for all of them.
+        (w, b), (last, offset) = self._layers[0], self._layers[-1]
+        self._first = w.reshape(-1, w.shape[2]), b.reshape(-1, 1)
+        self._sum = last.transpose(0, 1).reshape(last.shape[1], -1) if len(self._layers) > 1 else last.sum(0), offset.sum(0)
         w, b = residual.hidden()[-1]
         self._heads = self._tensor(w), self._tensor(b)[:, :, None]
         self._encode = Encoding(base, residual.encode_angles)
@@ -88,15 +92,20 @@ class HybridDynamics:
         return other
 
     def _before_last(self, x: Tensor, u: Tensor) -> Tensor:
-        y = self._encode(x, u).unsqueeze(0)  # (1, inputs, N): every member sees the same
-        for w, b in self._layers[:-1]:
-            y = ACTIVATIONS[self.residual.activation](torch.matmul(w, y) + b)
+        """Return what the last layer takes in, (E, values, N); (1, inputs, N) where it is the first."""
+        y, activation = self._encode(x, u), ACTIVATIONS[self.residual.activation]
+        if len(self._layers) == 1:
+            return y.unsqueeze(0)
+        w, b = self._first
+        y = activation(torch.matmul(w, y) + b).reshape(self.residual.members, -1, y.shape[1])
+        for w, b in self._layers[1:-1]:
+            y = activation(torch.matmul(w, y) + b)
         return y
 
     def missed(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the velocity the base misses in a step of ``residual.dt``, ungated, (nv, N) [rad/s]."""
-        w, b = self._layers[-1]
-        return (torch.matmul(w, self._before_last(x, u)) + b).sum(0)  # S over E is in the last layer
+        w, b = self._sum  # S over E is in it
+        return torch.matmul(w, self._before_last(x, u).flatten(0, 1)) + b
 
     def members(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return each member's mean [rad/s] and variance [rad²/s²] of what the base misses, ungated, (E, nv, N) each.
