@@ -63,9 +63,12 @@ LOST, MIXED = ("drop=0.2@0.2",), ("reorder@0.2", "duplicate@0.2")
 _ATTEMPTS, _STALL = 3, 0.015  # [s]
 
 
-def over(*protocols: str) -> tuple[str, ...]:
-    """Return the protocols a row is tried over: a few, all of them where $MBCTRL_FAULTS is "all" (a quarter of an hour)."""
-    return ALL if os.environ.get("MBCTRL_FAULTS") == "all" else protocols
+def over(*protocols: str, of: tuple[str, ...] = ALL) -> tuple[str, ...]:
+    """Return the protocols a row is tried over: a few, all of them where $MBCTRL_FAULTS is "all" (a quarter of an hour).
+
+    ``of`` are those the row can happen over.
+    """
+    return of if os.environ.get("MBCTRL_FAULTS") == "all" else protocols
 
 
 def over_pairs(values: tuple[Any, ...], *pairs: tuple[str, Any]) -> list[tuple[str, Any]]:
@@ -194,11 +197,11 @@ def test_plans_that_are_not_numbers_stop_the_arm(protocol: str, bench: Bench) ->
 
 def test_one_plan_that_is_no_number_is_dropped(bench: Bench) -> None:
     """Row 1."""
-    last = [-1.0]
+    answers = iter(range(10**6))
 
     def answer(plan: Any, request: Any) -> None:
-        bad, last[0] = request["stamp"] < last[0] or last[0] < 0, float(request["stamp"])  # the first of a run
-        plan["u"][:] = np.nan if bad else plan["u"]
+        if next(answers) < 2:  # the very first may be an answer to what the real planner has answered already
+            plan["u"][:] = np.nan
 
     run = bench.impostor("link", answer, lasting=0.1, done=reached)
     assert run.summary["rejected"]["non-finite plan"] >= 1 and 1 not in run.faults
@@ -283,9 +286,9 @@ def test_a_plan_into_the_arm_itself_is_not_followed(protocol: str, bench: Bench)
     assert min(watch.clearance(rows) for rows in np.array_split(run.log.q[::50], 20)) > 0
 
 
-@pytest.mark.parametrize("protocol", over("franka"))
+@pytest.mark.parametrize("protocol", over("franka", of=SENSING))
 def test_an_arm_that_comes_too_near_to_itself_stops(protocol: str, bench: Bench) -> None:
-    """Row 15: seen on the state, by plans that do not say where they lead."""
+    """Row 15: seen on the state, by plans that do not say where they lead. A UR follows what they say."""
     joint, into = COLLISION[ROBOTS[protocol]]
 
     def answer(plan: Any, request: Any) -> None:
@@ -324,9 +327,9 @@ def test_measurements_that_cannot_be_true_stop_the_arm(protocol: str, fault: str
     came_to_rest(run)
 
 
-@pytest.mark.parametrize("fault", ["nan@0.6:0.6015", "jump=0.3@0.6:0.6015"])
+@pytest.mark.parametrize("fault", ["nan@0.5995:0.6015", "jump=0.3@0.5995:0.6015"])
 def test_a_measurement_or_two_that_cannot_be_true_are_bridged(fault: str, bench: Bench) -> None:
-    """Row 2."""
+    """Row 2. Two of them: two clocks beat, and one measurement may be overtaken by the next."""
     run = bench("link", fault, done=reached)
     assert run.summary["sensors"]["unbelievable"] >= 1
     went_on(run)
@@ -521,9 +524,9 @@ def test_another_robot_is_refused(protocol: str, of: str, says: str, bench: Benc
     assert says in refused(run)
 
 
-@pytest.mark.parametrize("protocol", over("franka"))
+@pytest.mark.parametrize("protocol", over("franka", of=SENSING))
 def test_an_arm_that_weighs_something_else_is_not_armed(protocol: str, bench: Bench, tmp_path: Path) -> None:
-    """Row 12: by its torque at rest."""
+    """Row 12: by its torque at rest, which a UR does not sense."""
     run = bench(protocol, robot=copy_of_robot("panda", tmp_path / "heavy", mass=6.0))
     assert "N·m at rest, expected the model's" in refused(run)
 
@@ -537,7 +540,7 @@ def test_an_arm_near_a_limit_is_not_armed(protocol: str, bench: Bench, tmp_path:
     assert f"{robot.joints[0]}: found at" in refused(run)
 
 
-@pytest.mark.parametrize("protocol", over("link"))
+@pytest.mark.parametrize("protocol", over("link", of=("link", "ur")))
 def test_an_arm_that_moves_is_not_armed(protocol: str, bench: Bench) -> None:
     """Row 25; a Franka is held by its own client's motion from the moment it connects, and rests then."""
     with restless(protocol, bench.folder / "server.log") as arm:
