@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,16 @@ class Gate:
     ) -> None:
         self.base, self.surfaces, self.near, self.far, self._distance = base, surfaces, near, far, distance
         self.capsules = gate_capsules(base.tree, tool)
+        self._link = tool.link
+        self._ends = np.array([[a for a, *_ in self.capsules], [b for _, b, *_ in self.capsules]])  # (2, C, 3)
+        self._radius = torch.tensor([[radius] for _, _, radius, _ in self.capsules], dtype=base.dtype, device=base.device)
 
     def gap(self, q: Tensor) -> Tensor:
         """Return the signed distance (N,) [m] to the nearest surface at positions ``q`` (nq, N)."""
-        poses, nearest = self.base.poses(q), None
-        for a, b, radius, link in self.capsules:
-            ends = self.base.points(poses, link, np.stack([a, b]))
-            for surface in self.surfaces:
-                found = self._distance(ends[0], ends[1], radius, surface)
-                nearest = found if nearest is None else torch.minimum(nearest, found)
-        return nearest
+        points = self.base.points(self.base.poses(q), self._link, self._ends.reshape(-1, 3))  # (2 C, 3, N)
+        a, b = points.movedim(0, 1).split(len(self.capsules), 1)  # (3, C, N) each: one wide pass for all capsules
+        found = [self._distance(a, b, self._radius, surface).amin(0) for surface in self.surfaces]
+        return reduce(torch.minimum, found)
 
     def __call__(self, q: Tensor) -> Tensor:
         """Return g (N,) at positions ``q`` (nq, N)."""
