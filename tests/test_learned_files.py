@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_hybrid import residual_of
 
-from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.config import ContactSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
@@ -137,6 +137,21 @@ def test_another_time_step_is_refused_where_there_is_no_physics_to_scale(arm2: M
     assert load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree.revolute, 0.01).dt == 0.02
     with pytest.raises(SpecError, match=r"gated.npz: integrator: was learnt on top of 'euler', found 'leapfrog'"):
         load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree.revolute, 0.02, "leapfrog")
+
+
+def test_other_physics_beneath_is_refused(arm2: Model, tmp_path: Path) -> None:
+    contact = ContactSpec(tip="tool", radius=0.01, surface="floor", stiffness=1e4, damping=100.0, friction=0.5)
+    free = contact.model_copy(update={"stiffness": 0.0, "damping": 0.0})
+    residual_of(arm2).save(tmp_path / "free.npz")
+    replace(residual_of(arm2), contact=contact).save(tmp_path / "touching.npz")
+    known = (arm2.robot, arm2.tree.revolute, 0.02, "euler")
+    assert load_residual(tmp_path / "touching.npz", *known, contact).contact == contact
+    for declared in (None, free):
+        assert load_residual(tmp_path / "free.npz", *known, declared).contact is None
+        with pytest.raises(SpecError, match=r"touching.npz: contact: was learnt on top of tip='tool'.*, found .* no contact"):
+            load_residual(tmp_path / "touching.npz", *known, declared)
+    with pytest.raises(SpecError, match=r"free.npz: contact: was learnt on top of no contact, found dynamics.contact: tip='tool'"):
+        load_residual(tmp_path / "free.npz", *known, contact)
 
 
 def test_an_earlier_file_stays_until_the_new_one_is_whole(arm2: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

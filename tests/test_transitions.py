@@ -143,6 +143,20 @@ def test_a_run_s_log_becomes_transitions(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.u[3], data[60:80, 5:7].mean(0), rtol=1e-6)
 
 
+def test_a_run_that_touches_says_when(tmp_path: Path) -> None:
+    from mbctrl.base.config import RunConfig, load_run, merged
+    from mbctrl.cli.session import Session
+
+    config, file = load_run("panda_wipe_sim")
+    quick = {"duration": 2.0, "planner": {"samples": 64}, "dynamics": {"backend": "kernel"}}
+    session = Session(RunConfig.model_validate(merged(config.model_dump(), quick)), file, lockstep=True)
+    session.run(tmp_path / "run")
+    found = from_run(tmp_path / "run" / "log.csv", source_of(session.robot, session.model.tree.revolute, 0.02))
+    assert len(found) > 95 and 0.05 < found.contact.mean() < 0.95 and found.impacts().any()
+    deep = found.x[:, 7] < -1e-3  # the table's slide: pressed down only where it was touched
+    assert deep.any() and found.contact[deep].all() and not found.contact[found.t < 0.5].any()
+
+
 def test_stretches_the_log_does_not_tell_are_left_out(tmp_path: Path) -> None:
     source = source_of(load_robot("arm2"), (True, True), 0.02)
     data = write_run(tmp_path / "late.csv", missing=70)

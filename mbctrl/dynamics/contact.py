@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbctrl.base.errors import ModelError
+from mbctrl.base.config import ContactSpec
+from mbctrl.base.errors import ModelError, SpecError, suggest
 from mbctrl.dynamics.tree import Frame, RigidTree
 
 PARAMETERS = ("stiffness", "damping", "friction")
@@ -52,6 +54,11 @@ class Contact:
         if self.tip.link == self.surface.link:
             raise ModelError("the tip and the surface are on the same link: they never meet", key="contact")
 
+    @property
+    def pushes(self) -> bool:
+        """Whether the physics has a force of it; else only terms look at it."""
+        return any(not isinstance(value, (int, float)) or value > 0 for value in (self.stiffness, self.damping))
+
     def moved(self, tree: RigidTree) -> np.ndarray:
         """Return (n,) 1 for joints that move the tip alone, -1 for those that move the surface alone, 0 for the rest."""
         ancestors = np.vstack((tree.ancestors(), np.zeros(tree.n)))  # -1: the world, which nothing moves
@@ -68,6 +75,27 @@ class Contact:
         for across, half in zip((x, y), self.half or ()):
             deep = deep - _positive(deep - (half - abs(across)))
         return deep
+
+
+def declared(
+    spec: ContactSpec | None, tree: RigidTree, file: str | Path | None = None, key: str = "dynamics.contact"
+) -> Contact | None:
+    """Return the contact a file declares for an arm, None where it declares none.
+
+    Errors:
+        SpecError: for a frame the model does not have, and for a tip that its surface carries.
+    """
+    if spec is None:
+        return None
+    for field in ("tip", "surface"):
+        name = getattr(spec, field)
+        if name not in tree.frames:
+            raise SpecError(f"the model has no site or body '{name}'{suggest(name, tree.frames)}", file=file, key=f"{key}.{field}")
+    numbers = spec.model_dump(exclude={"tip", "surface"})
+    try:
+        return Contact(tip=tree.frames[spec.tip], surface=tree.frames[spec.surface], **numbers)
+    except ModelError as error:
+        raise SpecError(error.message, file=file, key=key) from None
 
 
 def normal_force(contact: Contact, depth: Any, speed: Any, mobility: Any, h: Any, lead: Any) -> tuple[Any, Any]:

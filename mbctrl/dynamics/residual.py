@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 from pydantic import Field
 
+from mbctrl.base.config import ContactSpec
 from mbctrl.base.errors import SpecError
 from mbctrl.base.files import write_whole
 from mbctrl.base.robot import Robot
@@ -76,6 +77,7 @@ class Residual:
         spread: None for networks that give means only.
         encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
         integrator: of the analytic model it was learnt on top of.
+        contact: that model's; None: it lets everything through.
         seed: of the training.
         versions: of the programs that made it.
     """
@@ -95,6 +97,7 @@ class Residual:
     spread: Spread | None = None
     encode_angles: bool = True
     integrator: str = "euler"
+    contact: ContactSpec | None = None
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -134,6 +137,7 @@ class Residual:
             "activation": self.activation,
             "encode_angles": self.encode_angles,
             "integrator": self.integrator,
+            "contact": self.contact and self.contact.model_dump(mode="json"),
             "seed": self.seed,
             "versions": dict(self.versions),
             "surfaces": [surface.model_dump(mode="json") for surface in self.surfaces],
@@ -152,7 +156,12 @@ def peek(path: str | Path) -> tuple[str, float]:
 
 
 def load_residual(
-    path: str | Path, robot: Robot, revolute: tuple[bool, ...], dt: float | None = None, integrator: str | None = None
+    path: str | Path,
+    robot: Robot,
+    revolute: tuple[bool, ...],
+    dt: float | None = None,
+    integrator: str | None = None,
+    contact: ContactSpec | None = None,
 ) -> Residual:
     """Load a learned model.
 
@@ -161,10 +170,12 @@ def load_residual(
         robot: the arm it is to be of.
         revolute: which of its joints turn.
         dt: the time step [s] it is to be used at; None: its own. A model without physics knows no other than its own.
-        integrator: of the analytic model it is to be used on top of; None: its own.
+        integrator: of the analytic model it is to be used on top of; None: its own, and its own contact.
+        contact: that model's; one without stiffness and damping is none.
 
     Errors:
-        SpecError: for a file that is none, of another format, of another arm, or whose numbers are none.
+        SpecError: for a file that is none, of another format, of another arm, learnt on top of other physics, or whose numbers
+            are none.
     """
     about, arrays = _read(path)
     if about.get("format") != FORMAT:
@@ -182,7 +193,19 @@ def load_residual(
         raise SpecError(f"a model without physics has one time step, {residual.dt:g} s; expected {dt:g} s", file=path, key="dt")
     if residual.base == "analytic" and integrator not in (None, residual.integrator):
         raise SpecError(f"was learnt on top of '{residual.integrator}', found '{integrator}'", file=path, key="integrator")
+    if residual.base == "analytic" and integrator is not None:
+        _check_contact(residual.contact, contact, path)
     return residual
+
+
+def _check_contact(learnt: ContactSpec | None, found: ContactSpec | None, path: str | Path) -> None:
+    """Refuse to add what was missed to physics that misses something else."""
+    told = [
+        "no contact" if contact is None or contact.stiffness == contact.damping == 0 else str(contact)
+        for contact in (learnt, found)
+    ]
+    if told[0] != told[1]:
+        raise SpecError(f"was learnt on top of {told[0]}, found dynamics.contact: {told[1]}", file=path, key="contact")
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -218,6 +241,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         spread=spread,
         encode_angles=bool(about["encode_angles"]),
         integrator=str(about["integrator"]),
+        contact=None if about["contact"] is None else validate(ContactSpec, about["contact"], path, "contact"),
         seed=int(about["seed"]),
         versions=dict(about["versions"]),
     )

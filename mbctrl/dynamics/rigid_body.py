@@ -224,7 +224,7 @@ class RigidBodyDynamics:
         drag = h * self._damping + torch.diagonal(terms.mass_matrix, dim1=0, dim2=1).T
         torque, servo_drag = self._effort(q, v, u, terms, load, drag)
         load, drag = load + torque, drag + servo_drag
-        touch = None if self.contact is None else Touch(self, self.contact, middle, h if middle is q else 0.5 * h)
+        touch = Touch(self, self.contact, middle, h if middle is q else 0.5 * h) if self.contact and self.contact.pushes else None
         if self._has_friction:
             # Friction at the speed the joint is about to have (a diagonal estimate, friction's own pull included, of
             # its straight-line form clip(v / vs)): it sticks and slides at any h.

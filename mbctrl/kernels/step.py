@@ -79,7 +79,7 @@ class TracedStep:
         drag = np.diagonal(motion.mass_matrix) + h * tree.damping
         load, drag = self._actuated(q, v, u, motion, load, drag)
         touch, felt = None, load
-        if self.contact is not None:
+        if self.contact is not None and self.contact.pushes:
             touch = TracedTouch(self.arm, self.contact, turns, h, 0.5 * h if self.drive.integrator == "leapfrog" else h)
             felt = load + touch.pushed(v, load, drag)
         for i in range(tree.n):

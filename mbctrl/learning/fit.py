@@ -216,6 +216,7 @@ def _file(layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers
         spread=Spread(*bounds) if recipe.network.variance else None,
         encode_angles=recipe.network.encode_angles,
         integrator=recipe.integrator,
+        contact=recipe.contact,
         seed=recipe.training.seed,
         versions={"mbctrl": __version__, "torch": version("torch"), "numpy": version("numpy")},
     )

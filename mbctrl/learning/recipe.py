@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mbctrl.base.config import RobotSpec
+from mbctrl.base.config import ContactSpec, RobotSpec
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive
 from mbctrl.base.scene import Obstacle
@@ -55,14 +55,16 @@ class TrainingSpec(Spec):
 class LearningRecipe(Spec):
     """What is learnt: what the ``analytic`` model misses near ``surfaces``, or all of it (``base: identity``).
 
-    ``dt`` [s]: the model's time step, the planner's. ``near``, ``far`` [m]: the gate is 1 up to the one and 0 from the other
-    on. ``episode`` [s]: longer logs are cut into pieces, which are held out one by one; null: a log is one episode.
+    ``dt`` [s]: the model's time step, the planner's. ``contact``: what the analytic model knows of a contact already; null: it
+    lets everything through. ``near``, ``far`` [m]: the gate is 1 up to the one and 0 from the other on. ``episode`` [s]: longer
+    logs are cut into pieces, which are held out one by one; null: a log is one episode.
     """
 
     robot: RobotSpec
     dt: Positive
     base: Literal["analytic", "identity"] = "analytic"
     integrator: Literal["euler", "leapfrog"] = "euler"
+    contact: ContactSpec | None = None
     surfaces: tuple[Obstacle, ...] = ()
     near: Number = 0.01  # [m]
     far: Number = 0.03  # [m]

@@ -62,10 +62,10 @@ def from_run(path: str | Path, source: Source) -> Transitions:
     clamped = _summed(log["gate.clamped"] > 0, every)[starts] > 0
     kept = starts[lasts & ~clamped]
     x = np.hstack([q, v])
-    contact = _summed(log["contact"] > 0, every)[kept] > 0 if "contact" in log else np.zeros(len(kept), bool)
-    gap = log["gap"][kept] if "gap" in log else np.full(len(kept), np.nan)
+    pressed = log["contact.force"] > 0 if "contact.force" in log else np.zeros(len(t), bool)
+    contact = _summed(pressed, every)[kept] > 0
     mean = _summed(u, every)[kept] / every
-    known = {"contact": contact, "gap": gap, "t": t[kept], "row": kept + 1, "files": (str(path),)}
+    known = {"contact": contact, "t": t[kept], "row": kept + 1, "files": (str(path),)}
     return made(source, x[kept], mean, x[kept + every], **known)
 
 

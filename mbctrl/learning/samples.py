@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbctrl.base.config import ContactSpec
 from mbctrl.dynamics.actuation import drive_settings
+from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.encoding import Encoding
 from mbctrl.dynamics.hybrid import Gate, HybridDynamics
 from mbctrl.dynamics.load import Model
@@ -22,14 +24,20 @@ from mbctrl.tasks.distance import capsule_obstacle
 _WIDE = 4096  # states of one pass of the analytic step
 
 
-def analytic_model(model: Model, dt: float, integrator: str = "euler") -> RigidBodyDynamics:
-    """Return the arm in double precision, with its time step [s]."""
-    return RigidBodyDynamics(model.tree, dt, **drive_settings(model.robot), integrator=integrator, dtype=torch.float64)
+def analytic_model(model: Model, dt: float, integrator: str = "euler", contact: ContactSpec | None = None) -> RigidBodyDynamics:
+    """Return the arm in double precision, with its time step [s] and the contact its physics knows.
+
+    Errors:
+        SpecError: for a contact whose frames the model does not have.
+    """
+    known = declared(contact, model.tree, model.robot.path, "contact")
+    more: dict[str, Any] = {"integrator": integrator, "contact": known, "dtype": torch.float64}
+    return RigidBodyDynamics(model.tree, dt, **drive_settings(model.robot), **more)
 
 
 def learned_model(model: Model, residual: Residual, dt: float | None = None) -> HybridDynamics:
     """Return a learned model in double precision, at a time step [s]; None: the one it was learnt for."""
-    base = analytic_model(model, residual.dt if dt is None else dt, residual.integrator)
+    base = analytic_model(model, residual.dt if dt is None else dt, residual.integrator, residual.contact)
     return HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
@@ -68,7 +76,7 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
     Errors:
         TransitionError: for targets that are no numbers, with file, row and joint.
     """
-    base, n = analytic_model(model, recipe.dt, recipe.integrator), model.tree.n
+    base, n = analytic_model(model, recipe.dt, recipe.integrator, recipe.contact), model.tree.n
     encode, gate = Encoding(base, recipe.network.encode_angles), gate_of(model, base, recipe)
     x, u, after = (torch.from_numpy(values.T.copy()) for values in (transitions.x, transitions.u, transitions.x_next))
     parts: list[tuple[Any, Any, Any]] = []

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import MbctrlError, ModelError, SpecError, suggest
+from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.scene import MOVING, JointGoal, PoseGoal
 from mbctrl.dynamics.actuation import drive_settings
-from mbctrl.dynamics.contact import Contact
+from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import load_residual
@@ -157,31 +157,8 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
     more: dict[str, Any] = {"integrator": dynamics.integrator, "device": dynamics.device}
     return RigidBodyDynamics(
-        model.tree, dynamics.dt, **drive_settings(model.robot), contact=contact_of(config, model, file), **more
+        model.tree, dynamics.dt, **drive_settings(model.robot), contact=declared(dynamics.contact, model.tree, file), **more
     )
-
-
-def contact_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Contact | None:
-    """Return the contact that the run's physics knows, None where it declares none.
-
-    Errors:
-        SpecError: for a frame the model does not have, and for a tip that its surface carries.
-    """
-    spec = config.dynamics.contact
-    if spec is None:
-        return None
-    frames = model.tree.frames
-    for key in ("tip", "surface"):
-        name = getattr(spec, key)
-        if name not in frames:
-            raise SpecError(
-                f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=f"dynamics.contact.{key}"
-            )
-    numbers = spec.model_dump(exclude={"tip", "surface"})
-    try:
-        return Contact(tip=frames[spec.tip], surface=frames[spec.surface], **numbers)
-    except ModelError as error:
-        raise SpecError(error.message, file=file, key="dynamics.contact") from None
 
 
 def hybrid_of(
@@ -190,7 +167,7 @@ def hybrid_of(
     """Return the run's model with its learned residual on top, None where the run names none.
 
     Errors:
-        SpecError: for a file that is none, or of another arm.
+        SpecError: for a file that is none, of another arm, or learnt on top of other physics.
     """
     name = config.dynamics.residual
     if name is None:
@@ -199,7 +176,7 @@ def hybrid_of(
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
         raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
-    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator)
+    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 

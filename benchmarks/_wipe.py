@@ -1,0 +1,125 @@
+"""Wiping a table: runs that give data, and runs that are judged; imported by the processes that do them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+
+from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.logs import read_log
+from mbctrl.cli.session import Session
+from mbctrl.learning.runs import from_run, source_of
+from mbctrl.learning.transitions import Transitions
+from mbctrl.sim.driver import SimDriver
+
+SCENARIO, DT, SECONDS = "panda_wipe_sim", 0.02, 8.0
+TABLE = (0.5, 0.25)  # [m] where its middle is, and its height
+NO_CONTACT = {"stiffness": 0.0, "damping": 0.0}  # what only terms look at
+
+
+@dataclass(frozen=True)
+class World:
+    """What the simulated arm and table truly are, where it is not what the planner's model says.
+
+    ``spring`` [N/m] under the table, ``mass`` [kg] at the tool, half way between the fingers' roots and tip.
+    """
+
+    spring: float | None = None
+    mass: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: ``changes`` to the scenario, what is simulated, and the ``seed``."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    world: World = World()
+    seed: int = 0
+
+
+def wandering(rng: np.random.Generator, sides: tuple[float, float]) -> dict[str, Any]:
+    """Return the changes of a run that gives data: a circle somewhere, pressed on somehow, planned with a contact off by up to a
+    factor of two and with few samples or many, so that motions are of all kinds.
+
+    Args:
+        sides: least and most of the circle's centre along y [m]; its radius stays within 6 cm of it.
+    """
+    off = 2.0 ** rng.uniform(-1, 1, 3)
+    return {
+        "goal": {
+            "center": [TABLE[0] + rng.uniform(-0.05, 0.05), rng.uniform(*sides), TABLE[1]],
+            "radius": rng.uniform(0.02, 0.06),
+            "period": rng.uniform(3.0, 6.0),
+            "delay": rng.uniform(1.5, 3.0),
+            "force": rng.uniform(5.0, 25.0),
+        },
+        "planner": {"samples": int(rng.choice([48, 128, 512]))},
+        "dynamics": {"contact": {"stiffness": 3e4 * off[0], "damping": 200.0 * off[1], "friction": 0.5 * off[2]}},
+        "backend": {"start_noise": 0.1},
+    }
+
+
+def circle(side: float = 0.0) -> dict[str, Any]:
+    """Return the changes of a run that is judged: 12 cm wide, 15 N, 4 s a turn, its centre at y = ``side`` [m]."""
+    return {"goal": {"center": [TABLE[0], side, TABLE[1]], "radius": 0.06, "period": 4.0, "delay": 3.0, "force": 15.0}}
+
+
+def session_of(job: Job) -> Session:
+    """Return a run with one thread, in lockstep, of the world the job says."""
+    torch.set_num_threads(1)
+    config, file = load_run(SCENARIO)
+    over = merged({"seed": job.seed, "dynamics": {"threads": 1}, "duration": SECONDS}, job.changes)
+    session = Session(RunConfig.model_validate(merged(config.model_dump(), over)), file, lockstep=True)
+    if job.world != World():
+        own = session.model.mj
+        mj = own.__copy__()
+        if job.world.spring is not None:
+            table = mj.joint("table").id
+            weight = float(mj.body("table").mass[0]) * 9.81
+            mj.jnt_stiffness[table] = job.world.spring
+            mj.qpos_spring[mj.jnt_qposadr[table]] = weight / job.world.spring  # it stands where it stood
+        if job.world.mass:
+            body = mj.site_bodyid[mj.site(session.robot.tool).id]
+            mj.body_mass[body] += job.world.mass
+            mujoco.mj_setConst(mj, mujoco.MjData(mj))
+        session.driver = SimDriver(mj, session.robot, session.clock, session.driver._start, own)
+    return session
+
+
+def gathered(job: Job) -> Transitions:
+    """Run, and return the transitions of the log."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = session_of(job)
+        session.run(Path(folder) / "run")
+        model = session.model
+        return from_run(Path(folder) / "run" / "log.csv", source_of(model.robot, model.tree.revolute, DT))
+
+
+def judged(job: Job) -> dict[str, float]:
+    """Run, and return cost, force error RMS [N], force peak in the first second of contact [N], path error RMS [m], plan time [s].
+
+    The cost is the mean over the turn of (path error / 1 cm)² + (force error / 5 N)².
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = session_of(job)
+        session.run(Path(folder) / "run")
+        log, plans = (read_log(Path(folder) / "run" / name) for name in ("log.csv", "plans.csv"))
+    goal, t, force = session.config.goal, log["t"], log["contact.force"]
+    turn = (t >= goal.delay) & (t < goal.delay + goal.period)
+    off = np.linalg.norm(log["tcp"][:, :2] - log["target"][:, :2], axis=1)[turn]
+    error = force[turn] - goal.force
+    touched = t[np.argmax(force > 0)] if (force > 0).any() else np.inf
+    first = force[(t >= touched) & (t <= touched + 1.0)]
+    return {
+        "cost": float(np.mean((off / 0.01) ** 2 + (error / 5.0) ** 2)),
+        "force": float(np.sqrt(np.mean(error**2))),
+        "peak": float(first.max(initial=0.0)),
+        "path": float(np.sqrt(np.mean(off**2))),
+        "plan": float(np.median(plans["cpu"])),
+    }
