@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from peg import DT, peg, plays
 
-from mbctrl.base.logs import LogError, LogWriter
+from mbctrl.base.logs import LogError, LogWriter, read_log
 from mbctrl.base.robot import load_robot
 from mbctrl.dynamics.load import Model
 from mbctrl.learning.runs import from_run, read_all, source_of
@@ -154,6 +154,8 @@ def test_a_run_that_touches_says_when(tmp_path: Path) -> None:
     found = from_run(tmp_path / "run" / "log.csv", source_of(session.robot, session.model.tree.revolute, 0.02))
     assert len(found) > 95 and 0.05 < found.contact.mean() < 0.95 and found.impacts().any()
     deep = found.x[:, 7] < -1e-3  # the table's slide: pressed down only where it was touched
+    log = read_log(tmp_path / "run" / "log.csv")
+    np.testing.assert_allclose(found.u, log["u"][found.row + 18], rtol=1e-8)  # in force last before the step's end
     assert deep.any() and found.contact[deep].all() and not found.contact[found.t < 0.5].any()
 
 

@@ -42,7 +42,10 @@ def _check(part: Transitions, source: Source, path: str | Path) -> None:
 
 
 def from_run(path: str | Path, source: Source) -> Transitions:
-    """Return a run's transitions: states ``source.dt`` apart, the mean of the commands in between.
+    """Return a run's transitions: states ``source.dt`` apart, and the command in between as planners mean it.
+
+    Of torques that is the mean. Of references it is the last one in force: an implicit servo compares it with the state at the
+    step's end (``Knots.at``); the mean would put half a step of lag into what is learnt.
 
     A stretch in which control periods were missed, or in which the safety gate changed the command, is left out: what
     moved the arm there is not what the log says.
@@ -64,9 +67,9 @@ def from_run(path: str | Path, source: Source) -> Transitions:
     x = np.hstack([q, v])
     pressed = log["contact.force"] > 0 if "contact.force" in log else np.zeros(len(t), bool)
     contact = _summed(pressed, every)[kept] > 0
-    mean = _summed(u, every)[kept] / every
+    command = u[kept + every - 1] if source.command == "rad" else _summed(u, every)[kept] / every
     known = {"contact": contact, "t": t[kept], "row": kept + 1, "files": (str(path),)}
-    return made(source, x[kept], mean, x[kept + every], **known)
+    return made(source, x[kept], command, x[kept + every], **known)
 
 
 def _summed(values: np.ndarray, every: int) -> np.ndarray:

@@ -58,7 +58,7 @@ class Transitions:
     Args:
         source: whose they are.
         x, x_next: (T, nx) states [q, v] and those ``source.dt`` later.
-        u: (T, nu) the command in between; the mean of a reference that moved.
+        u: (T, nu) the command in between: the mean of torques, the last of references that moved.
         contact: (T,) whether the tool touched something in between.
         gap: (T,) distance [m] of the tool from what it may touch, before; NaN: unknown.
         episode: (T,) which stretch of time a transition is of.
