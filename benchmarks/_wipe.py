@@ -62,6 +62,7 @@ def wandering(rng: np.random.Generator, sides: tuple[float, float]) -> dict[str,
         "planner": {"samples": int(rng.choice([48, 128, 512]))},
         "dynamics": {"contact": {"stiffness": 3e4 * off[0], "damping": 200.0 * off[1], "friction": 0.5 * off[2]}},
         "backend": {"start_noise": 0.1},
+        "duration": 5.0,
     }
 
 

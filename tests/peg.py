@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.load import Model, load_model
+from mbctrl.dynamics.residual import Surface
 from mbctrl.learning.runs import source_of
 from mbctrl.learning.transitions import Transitions, concatenate, made
 
 MASS, RADIUS, GRAVITY = 1.0, 0.01, 9.81  # [kg], [m], [m/s²]
 STIFFNESS, DAMPING = 2000.0, 30.0  # [N/m], [N·s/m]
 DT = 0.02  # [s]
-FLOOR = Obstacle(name="floor", shape="plane", position=(0.0, 0.0, 0.0))
+FLOOR = Surface(name="floor", shape="plane", position=(0.0, 0.0, 0.0))
 XML = f"""\
 <mujoco model="peg">
   <option gravity="0 0 -{GRAVITY}"/>

@@ -12,12 +12,11 @@ import torch
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
-from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.dynamics.residual import Residual, load_residual
+from mbctrl.dynamics.residual import Residual, Surface, load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.kernels.native import shared_pool
 from mbctrl.planning.compiled import kernel_dynamics, traced_residual
@@ -26,8 +25,8 @@ from mbctrl.planning.engines import CpuEngine
 from mbctrl.tasks.distance import capsule_obstacle
 
 TABLE = (
-    Obstacle(name="table", shape="plane", position=(0.0, 0.0, 0.35)),
-    Obstacle(name="post", shape="sphere", position=(0.6, 0.3, 0.4), size=(0.05,)),
+    Surface(name="table", shape="plane", position=(0.0, 0.0, 0.35)),
+    Surface(name="post", shape="sphere", position=(0.6, 0.3, 0.4), size=(0.05,)),
 )
 F64 = torch.float64
 
@@ -35,7 +34,7 @@ F64 = torch.float64
 def residual_of(model: Model, members: int = 3, hidden: tuple[int, ...] = (9, 5), **changes: Any) -> Residual:
     rng, n = np.random.default_rng(1), model.robot.nq
     turning = sum(model.tree.revolute)
-    inputs = 2 * turning + (n - turning) + n + model.robot.nu
+    inputs = 2 * turning + (n - turning) + n + model.robot.nu + (n + 2 if changes.get("sees_step") else 0)
     sizes = (inputs, *hidden, n)
     layers = tuple((rng.normal(0, a**-0.5, (members, b, a)), rng.normal(0, 0.1, (members, b))) for a, b in zip(sizes, sizes[1:]))
     parts: dict[str, Any] = {
@@ -132,6 +131,46 @@ def test_kernels_have_the_same_residual(name: str, activation: str) -> None:
     assert np.abs(expected - physics).max() > 1e-3 and error <= 2e-8  # friction is good to 7e-9 there
     half = kernel.with_dt(0.01).rollout(x.numpy(), u.numpy())
     np.testing.assert_allclose(half, hybrid.with_dt(0.01).rollout(x, u).numpy(), rtol=1e-6, atol=1e-8)
+
+
+def moving(model: Model) -> tuple[Surface, ...]:
+    """Return a box on the first link, tilted as that is."""
+    frame = next(name for name, frame in model.tree.frames.items() if frame.link == 0)
+    return (Surface(name="lid", shape="box", position=(0.1, 0.2, 0.3), size=(0.1, 0.2, 0.05), frame=frame),)
+
+
+@pytest.mark.parametrize("name", ["panda", "panda_wipe", "arm2"])
+def test_kernels_see_the_same_step_and_surfaces_that_move(name: str) -> None:
+    model = load_model(name)
+    residual = residual_of(model, sees_step=True, surfaces=moving(model), near=0.2, far=1.5)
+    base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, dtype=F64)
+    hybrid = HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
+    kernel = kernel_dynamics(base, CpuEngine(shared_pool(0), np.float64), traced_residual(hybrid))
+    x, nu = 0.5 * states(model, 33), model.robot.nu
+    u = 0.1 * torch.randn(4, nu, 33, dtype=F64, generator=torch.Generator().manual_seed(1))
+    for dt in (0.02, 0.01):
+        expected = hybrid.with_dt(dt).rollout(x, u).numpy()
+        np.testing.assert_allclose(kernel.with_dt(dt).rollout(x.numpy(), u.numpy()), expected, rtol=1e-6, atol=1e-8)
+    still = tuple(surface.model_copy(update={"frame": None}) for surface in residual.surfaces)
+    blind = HybridDynamics(base, replace(residual, surfaces=still), model.tree.frames[model.robot.tool], capsule_obstacle)
+    assert np.abs(blind.rollout(x, u).numpy() - hybrid.rollout(x, u).numpy()).max() > 1e-4
+
+
+def test_a_surface_moves_with_its_frame(panda: Model) -> None:
+    """A plane in a link's frame, at any pose: the gap is that of the same plane put into the world by hand."""
+    frame, x = "link5", states(panda, 20)
+    fixed = Surface(name="plate", shape="plane", position=(0.1, -0.2, 0.3), normal=(0.6, 0.0, 0.8), frame=frame)
+    hybrid = hybrid_of(panda, residual_of(panda, surfaces=(fixed,)))
+    gaps = hybrid.gate.gap(x[:7]).numpy()
+    rotation, position = hybrid.base.frame(hybrid.base.poses(x[:7]), panda.tree.frames[frame])
+    for k in range(20):
+        r, p = rotation[:, :, k].numpy(), position[:, k].numpy()
+        place = {"position": tuple(p + r @ fixed.position), "normal": tuple(r @ fixed.normal)}
+        world = hybrid_of(panda, residual_of(panda, surfaces=(Surface(name="plate", shape="plane", **place),)))
+        np.testing.assert_allclose(world.gate.gap(x[:7, k : k + 1]).numpy(), gaps[k], atol=1e-12)
+    lost = residual_of(panda, surfaces=(fixed.model_copy(update={"frame": "link9"}),))
+    with pytest.raises(SpecError, match="surfaces.plate.frame: the model has no site or body 'link9'.*link"):
+        hybrid_of(panda, lost)
 
 
 def test_a_file_holds_all_of_it_and_nothing_else_passes(panda: Model, tmp_path: Path) -> None:

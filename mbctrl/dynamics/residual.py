@@ -23,11 +23,12 @@ import numpy as np
 from pydantic import Field
 
 from mbctrl.base.config import ContactSpec
-from mbctrl.base.errors import SpecError
+from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.files import write_whole
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import Spec, validate
+from mbctrl.dynamics.tree import Frame, RigidTree
 
 ACTIVATIONS = ("tanh", "silu", "relu")
 BASES = ("analytic", "identity")
@@ -37,10 +38,32 @@ _VECTORS = ("input_mean", "input_scale", "output_scale")
 _SCALARS = ("near", "far", "dt")
 
 
-class Surfaces(Spec):
-    """Where contact is expected: shapes that stand still."""
+class Surface(Obstacle):
+    """A shape that may be touched: in the world, or in ``frame``, a site or body of the robot's model, which it moves with."""
 
-    surfaces: tuple[Obstacle, ...] = Field(min_length=1)
+    frame: str | None = None
+
+
+class Surfaces(Spec):
+    """Where contact is expected."""
+
+    surfaces: tuple[Surface, ...] = Field(min_length=1)
+
+
+def frame_of(surface: Surface, tree: RigidTree) -> Frame | None:
+    """Return the frame a surface is in, None for the world.
+
+    Errors:
+        SpecError: where the model has none of that name.
+    """
+    if surface.frame is None:
+        return None
+    if surface.frame not in tree.frames:
+        raise SpecError(
+            f"the model has no site or body '{surface.frame}'{suggest(surface.frame, tree.frames)}",
+            key=f"surfaces.{surface.name}.frame",
+        )
+    return tree.frames[surface.frame]
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,8 @@ class Residual:
     Args:
         layers: (W (E, out, in), b (E, out)) of each layer, an activation after each but the last; inputs are
             [sin, cos of each revolute joint; q of each prismatic; v; u], of u minus the commanded joints' q where it is a
-            reference; outputs (nv,), or (2 nv,) with ``spread``: means, then what log-variances are made of.
+            reference, then what ``sees_step`` adds; outputs (nv,), or (2 nv,) with ``spread``: means, then what log-variances
+            are made of.
         activation: tanh, silu or relu.
         input_mean, input_scale: (inputs,) subtracted from, then divided out of, the inputs.
         output_scale: (nv,) S [rad/s].
@@ -75,6 +99,7 @@ class Residual:
         surfaces: what the gate measures the distance of the tool's capsules to; none where ``base`` is identity.
         base: ``analytic`` or ``identity``.
         spread: None for networks that give means only.
+        sees_step: networks are given the analytic step, too: its change of velocity (nv,) and the gap before and after it.
         encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
         integrator: of the analytic model it was learnt on top of.
         contact: that model's; None: it lets everything through.
@@ -92,9 +117,10 @@ class Residual:
     dt: float
     robot: str
     joints: tuple[str, ...]
-    surfaces: tuple[Obstacle, ...] = ()
+    surfaces: tuple[Surface, ...] = ()
     base: str = "analytic"
     spread: Spread | None = None
+    sees_step: bool = False
     encode_angles: bool = True
     integrator: str = "euler"
     contact: ContactSpec | None = None
@@ -135,6 +161,7 @@ class Residual:
             "joints": list(self.joints),
             "base": self.base,
             "activation": self.activation,
+            "sees_step": self.sees_step,
             "encode_angles": self.encode_angles,
             "integrator": self.integrator,
             "contact": self.contact and self.contact.model_dump(mode="json"),
@@ -239,6 +266,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         surfaces=() if identity else validate(Surfaces, {"surfaces": about["surfaces"]}, path).surfaces,
         base=about["base"],
         spread=spread,
+        sees_step=bool(about["sees_step"]),
         encode_angles=bool(about["encode_angles"]),
         integrator=str(about["integrator"]),
         contact=None if about["contact"] is None else validate(ContactSpec, about["contact"], path, "contact"),
@@ -250,7 +278,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
 def _check(residual: Residual, path: str | Path, revolute: tuple[bool, ...], commands: int) -> None:
     """Refuse what does not fit together; what is multiplied with what, and positive scales."""
     n, turning = len(revolute), sum(revolute)
-    inputs = n + commands + (2 * turning + (n - turning) if residual.encode_angles else n)
+    inputs = n + commands + (2 * turning + (n - turning) if residual.encode_angles else n) + (n + 2 if residual.sees_step else 0)
     outputs = n if residual.spread is None else 2 * n
     sizes = [inputs, *(w.shape[1] for w, _ in residual.layers if w.ndim == 3)]
     shapes = [(w.shape, b.shape) for w, b in residual.layers]

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from mbctrl.base.errors import ModelError
-from mbctrl.dynamics.residual import Residual
+from mbctrl.dynamics.residual import Residual, frame_of
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.graph import Graph, minimum
 from mbctrl.kernels.network import Network
-from mbctrl.kernels.rigid_body import Array
+from mbctrl.kernels.rigid_body import Array, frame_in_world
 from mbctrl.kernels.step import TracedStep
 from mbctrl.tasks.algebra import clip01
 from mbctrl.tasks.distance import capsule_obstacle
@@ -42,15 +42,20 @@ class TracedResidual:
         flat = [network.flat([(w[e], b[e]) for w, b in layers]) for e, network in enumerate(self.networks)]
         self.weights = np.concatenate(flat)
 
-    def __call__(self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any) -> Array:
-        """Return the velocity to add (n,), from the state and its angles before the analytic step and the angles after it."""
+    def __call__(
+        self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, v_after: Array
+    ) -> Array:
+        """Return the velocity to add (n,), from state and angles before the analytic step, and angles and velocity after it."""
         angle, sine, cosine = before
         turning = [i for i in range(step.arm.n) if step.arm.tree.revolute[i]]
         sliding = [i for i in range(step.arm.n) if not step.arm.tree.revolute[i]]
         command = u if step.drive.stiffness is None else u - q[list(step.drive.commanded)]
         seen = [*sine[turning], *cosine[turning], *q[sliding]] if self.residual.encode_angles else list(q)
+        gaps = self._distance(step, before), self._distance(step, after)
         inputs = [*seen, *v, *command]
-        near = minimum(self._distance(step, before), self._distance(step, after))
+        if self.residual.sees_step:
+            inputs += [*((v_after - v) * (self.residual.dt / step.h)), *gaps]
+        near = minimum(*gaps)
         part = clip01((self.residual.far - near) * (1.0 / (self.residual.far - self.residual.near)))
         gate = part * part * (3.0 - 2.0 * part)
         total: Any = 0.0
@@ -59,12 +64,18 @@ class TracedResidual:
         return total * (step.h * (1.0 / self.residual.dt))
 
     def _distance(self, step: TracedStep, angles: Any) -> Any:
-        poses = step.arm.world(*step.arm.turns(*angles), {self._link})
+        surfaces = [(surface, frame_of(surface, step.arm.tree)) for surface in self.residual.surfaces]
+        links = {self._link} | {frame.link for _, frame in surfaces if frame is not None}
+        poses = step.arm.world(*step.arm.turns(*angles), links)
         nearest: Any = None
         for a, b, radius, link in self._capsules:
             r, p = poses[link]
             ends = p + r @ a.astype(object), p + r @ b.astype(object)
-            for surface in self.residual.surfaces:
-                found = capsule_obstacle(*ends, radius, surface)
+            for surface, frame in surfaces:
+                seen = ends
+                if frame is not None:
+                    rotation, position = frame_in_world(poses, frame)
+                    seen = tuple(rotation.T @ (end - position) for end in ends)
+                found = capsule_obstacle(*seen, radius, surface)
                 nearest = found if nearest is None else minimum(nearest, found)
         return nearest

@@ -249,7 +249,7 @@ class _Carry:
         if self.residual is None:
             return q, v, after
         after = self.step.angles(q) if after is None else after
-        more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after)
+        more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after, v)
         self.acceleration = self.acceleration + more * (1.0 / self.step.h)
         drift = 0.5 * self.step.h if self.step.drive.integrator == "leapfrog" else self.step.h  # how long the new v moves q
         q, v = q + drift * more, v + more

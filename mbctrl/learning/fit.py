@@ -214,6 +214,7 @@ def _file(layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers
         surfaces=recipe.surfaces,
         base=recipe.base,
         spread=Spread(*bounds) if recipe.network.variance else None,
+        sees_step=recipe.network.sees_step,
         encode_angles=recipe.network.encode_angles,
         integrator=recipe.integrator,
         contact=recipe.contact,

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from mbctrl.base.config import ContactSpec, RobotSpec
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive
-from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
+from mbctrl.dynamics.residual import Surface
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[Number, Field(gt=0, lt=0.5)]
@@ -21,7 +21,8 @@ class NetworkSpec(Spec):
     """The ensemble.
 
     ``members`` networks of ``hidden`` layers. ``variance``: they say how sure they are, too. ``lipschitz``: most that outputs
-    change with inputs, both normalised; null: unbounded. ``encode_angles``: false gives angles as they are, which fails
+    change with inputs, both normalised; null: unbounded. ``sees_step``: they are given the analytic step's change of velocity and
+    the gap to the surfaces before and after it. ``encode_angles``: false gives angles as they are, which fails
     where a joint turns round; it exists to show that.
     """
 
@@ -30,6 +31,7 @@ class NetworkSpec(Spec):
     activation: Literal["tanh", "silu", "relu"] = "silu"
     variance: bool = True
     lipschitz: Positive | None = None
+    sees_step: bool = False
     encode_angles: bool = True
 
 
@@ -65,7 +67,7 @@ class LearningRecipe(Spec):
     base: Literal["analytic", "identity"] = "analytic"
     integrator: Literal["euler", "leapfrog"] = "euler"
     contact: ContactSpec | None = None
-    surfaces: tuple[Obstacle, ...] = ()
+    surfaces: tuple[Surface, ...] = ()
     near: Number = 0.01  # [m]
     far: Number = 0.03  # [m]
     episode: Positive | None = None
@@ -78,6 +80,8 @@ class LearningRecipe(Spec):
             raise ValueError("surfaces: expected at least one, where the analytic model is the base")
         if self.base == "identity" and self.surfaces:
             raise ValueError("surfaces: a model without physics has no gate, found some")
+        if self.base == "identity" and self.network.sees_step:
+            raise ValueError("network.sees_step: a model without physics has no analytic step, found true")
         if not self.near < self.far:
             raise ValueError(f"near: {self.near} is not below far, {self.far}")
         return self

@@ -12,8 +12,9 @@ from torch import Tensor
 from mbctrl.base.config import ContactSpec
 from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.contact import declared
-from mbctrl.dynamics.encoding import Encoding
-from mbctrl.dynamics.hybrid import Gate, HybridDynamics
+from mbctrl.dynamics.encoding import Sight
+from mbctrl.dynamics.gate import Gate
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
@@ -77,15 +78,13 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
         TransitionError: for targets that are no numbers, with file, row and joint.
     """
     base, n = analytic_model(model, recipe.dt, recipe.integrator, recipe.contact), model.tree.n
-    encode, gate = Encoding(base, recipe.network.encode_angles), gate_of(model, base, recipe)
+    gate = gate_of(model, base, recipe) if recipe.base == "analytic" else None
+    sight = Sight(base, gate, recipe.network.encode_angles, recipe.network.sees_step, recipe.dt)
     x, u, after = (torch.from_numpy(values.T.copy()) for values in (transitions.x, transitions.u, transitions.x_next))
     parts: list[tuple[Any, Any, Any]] = []
     for x0, u0, x1 in zip(x.split(_WIDE, 1), u.split(_WIDE, 1), after.split(_WIDE, 1)):
-        if recipe.base == "identity":
-            parts.append((encode(x0, u0), x1[n:] - x0[n:], torch.ones_like(x0[0])))
-            continue
-        physics = base.step(x0, u0)
-        parts.append((encode(x0, u0), x1[n:] - physics[n:], gate.between(x0[:n], physics[:n])))
+        physics, opened, seen = sight(base, x0, u0)
+        parts.append((seen, x1[n:] - (x0 if physics is None else physics)[n:], opened))
     inputs, target, gates = (torch.cat(columns, -1) for columns in zip(*parts))
     check_finite(transitions, target.T.numpy(), [f"the velocity missed of {joint}" for joint in model.robot.joints])
     draw = torch.from_numpy(np.where(transitions.impacts(), recipe.training.impact_weight, 1.0))

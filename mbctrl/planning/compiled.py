@@ -8,7 +8,8 @@ import numpy as np
 
 from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
-from mbctrl.dynamics.hybrid import HybridDynamics, gate_capsules
+from mbctrl.dynamics.gate import gate_capsules
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.residual import TracedResidual
