@@ -19,8 +19,11 @@ from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 from mbctrl.learning.samples import analytic_model, gate_of, learned_model, samples_of, with_gaps
 from mbctrl.learning.transitions import Transitions, cut, read_transitions, split
 
-LEARNED = ("full", "residual", "gated")
-"""Kinds of learned models: without physics; on top of it everywhere; on top of it near the table."""
+LEARNED = ("full", "residual", "gated", "gated on fitted contact")
+"""Kinds of learned models: without physics; on top of it everywhere; near the surface; near it, with a fitted contact beneath."""
+
+
+FITTED = ("stiffness", "damping", "friction")
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,16 @@ def made(job: Training) -> Made:
     declared = load_run(job.scenario)[0].dynamics.contact
     every = drawn(read_transitions(job.data), job.budget, job.seed)
     if job.kind in LEARNED:
-        residual = learned(job.kind, every, arm, recipe, job.seed)
+        beneath = "contact" if job.kind == "gated on fitted contact" else "none"
+        contact = known(beneath, every, arm, recipe, declared)
+        residual = learned(job.kind, every, arm, recipe.model_copy(update={"contact": contact}), job.seed)
         residual.save(job.out)
         model: Any = learned_model(arm, residual)
-        made = Made(job.kind, {"residual": str(job.out), "contact": {"stiffness": 0.0, "damping": 0.0}})
+        made = Made(job.kind, {"residual": str(job.out), "contact": contact.model_dump(include=set(FITTED))})
     else:
         contact = known(job.kind, every, arm, recipe, declared)
         model = analytic_model(arm, recipe.dt, recipe.integrator, contact)
-        made = Made(job.kind, {"contact": contact.model_dump(include={"stiffness", "damping", "friction"})})
+        made = Made(job.kind, {"contact": contact.model_dump(include=set(FITTED))})
     for name, path in job.tests.items():
         test = with_gaps(read_transitions(path), arm, gate_of(arm, analytic_model(arm, recipe.dt), recipe))
         judge(made, name, model, test, arm)
@@ -86,7 +91,8 @@ def learned(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, s
     """Return a trained model."""
     change: dict[str, Any] = {"training": recipe.training.model_copy(update={"seed": seed, "test": 0.0})}
     if kind == "full":
-        change |= {"base": "identity", "surfaces": ()}
+        network = recipe.network.model_copy(update={"sees_step": False})
+        change |= {"base": "identity", "surfaces": (), "contact": None, "network": network}
     elif kind == "residual":
         change |= {"near": 10.0, "far": 11.0}  # [m] the gate is open everywhere
     recipe = recipe.model_copy(update=change)

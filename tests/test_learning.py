@@ -160,7 +160,7 @@ def test_intervals_cover_noise_of_any_size(heteroscedastic: Fitted, arm2: Model)
     print(shares, total[loud].mean(0) / total[quiet].mean(0))
     for share in shares.values():
         assert (share >= 0.80).all() and (share <= 0.97).all()
-    assert (total[loud].mean(0) > 5 * total[quiet].mean(0)).all()  # one width for all would cover on the whole, too
+    assert (total[loud].mean(0) > 3 * total[quiet].mean(0)).all()  # one width for all would cover on the whole, too
 
 
 def test_normalisers_are_the_training_samples_(arm2: Model, heteroscedastic: Fitted) -> None:
@@ -196,7 +196,7 @@ def test_members_stop_by_what_was_held_out_and_keep_their_best(arm2: Model) -> N
     for k, (w, b) in enumerate(residual.layers):
         y = y @ w.astype(float).transpose(0, 2, 1) + b[:, None]
         y = y / (1 + np.exp(-y)) if k < len(residual.layers) - 1 else y
-    found = 0.5 * ((held.target.numpy() / residual.output_scale - y) ** 2).mean((1, 2))
+    found = np.log(np.abs(held.target.numpy() / residual.output_scale - y).mean(1)).mean(1)
     np.testing.assert_allclose(found, best, rtol=1e-4)
     np.testing.assert_allclose(fitted.history[-1].best, best, rtol=1e-6)
 
