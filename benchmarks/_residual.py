@@ -89,10 +89,12 @@ def made(job: Training) -> Made:
 
 def learned(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, seed: int) -> Residual:
     """Return a trained model."""
-    change: dict[str, Any] = {"training": recipe.training.model_copy(update={"seed": seed, "test": 0.0})}
+    training = recipe.training.model_copy(update={"seed": seed, "test": 0.0})
+    change: dict[str, Any] = {"training": training}
     if kind == "full":
         network = recipe.network.model_copy(update={"sees_step": False})
         change |= {"base": "identity", "surfaces": (), "contact": None, "network": network}
+        change["training"] = training.model_copy(update={"weight_decay": 0.0})  # with it: 4.9 mm in place of 3.2
     elif kind == "residual":
         change |= {"near": 10.0, "far": 11.0}  # [m] the gate is open everywhere
     recipe = recipe.model_copy(update=change)

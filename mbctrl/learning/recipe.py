@@ -41,8 +41,8 @@ class TrainingSpec(Spec):
     ``epochs`` at most, of as many samples as there are; a member is done when ``patience`` epochs brought nothing on held-out
     episodes, and keeps its best weights. ``batch`` samples a step of AdamW, of rate ``learning_rate``, which falls to nothing
     over the epochs, and of ``weight_decay``: about 1 where transitions are few, 0 where they are many.
-    ``impact_weight``: how often a transition with which contact begins or ends is drawn, against others. ``validation``, ``test``: shares of the
-    episodes held out, drawn by ``seed``.
+    ``impact_weight``: how often a transition with which contact begins or ends is drawn, against others. ``validation``,
+    ``test``: shares of the episodes held out, drawn by ``seed``.
     """
 
     epochs: Count = 100
