@@ -35,7 +35,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-SMALL: dict[str, Any] = {"network": {"members": 2, "hidden": [16]}, "training": {"epochs": 15, "batch": 32}}
+SMALL: dict[str, Any] = {"network": {"members": 2, "hidden": [16]}, "training": {"epochs": 15, "batch": 32, "validation": 0.4}}
 
 
 def scenario(folder: Path, name: str = "pendulum_online_sim", duration: float = 2.05, **learn: Any) -> Path:
@@ -250,7 +250,7 @@ def test_the_verb_leaves_a_model_data_a_figure_and_one_screen(tmp_path: Path, ca
     assert "samples: 24" in (out / "trial-02" / "config.yaml").read_text()
     assert main(["learn", str(file), "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
     run = ["run", str(file), "--lockstep", "--dynamics.residual", str(out / "model.npz"), "--out", str(tmp_path / "run")]
-    assert main([*run, "--record.video", "False", "--record.plots", "False", "--planner.risk.kind", "worst"]) == 0
+    assert main([*run, "--record.no-video", "--record.no-plots", "--planner.risk.kind", "worst"]) == 0
 
 
 def test_trials_say_what_failed() -> None:

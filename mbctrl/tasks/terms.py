@@ -71,7 +71,7 @@ class Proximity(Term):
     """
 
     needs: ClassVar[str | None] = "p_world_target"
-    scale: Positive  # [m]
+    scale: Positive = 0.1  # [m]
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
         return 1.0 - exp(-_position_error(f, self.scale))
