@@ -53,7 +53,15 @@ def cartpole_rows(results: list[tuple[list[float], np.ndarray]]) -> list[dict[st
         peer = PEER_RETURNS.get(200 * trial)
         beside = "" if peer is None else f" (mbrl-lib: {peer:g})"
         out.append(row(f"{label}: return after {200 * trial} steps, median{beside}", float(np.median(returns[:, trial])), "of 200"))
-    out.append(row(f"{label}: best return within 10 trials, least of the seeds", float(returns[:, 1:11].max(1).min()), "of 200", ">=", WANTED))
+    out.append(
+        row(
+            f"{label}: best return within 10 trials, least of the seeds",
+            float(returns[:, 1:11].max(1).min()),
+            "of 200",
+            ">=",
+            WANTED,
+        )
+    )
     reached = [next((k for k in range(1, len(one)) if one[k] >= WANTED), len(one)) for one in returns]
     out.append(row(f"{label}: trials until {WANTED:g}, most of the seeds", max(reached), "trials", "<=", 10))
     return out

@@ -72,7 +72,9 @@ def test_random_commands_fill_their_share_of_the_bounds_and_are_held() -> None:
         assert all(plan.seq == 0 and plan.end >= plan.t0 + 0.08 - 1e-9 for plan in plans)
         if middle is None:
             home = np.asarray(robot.home)
-            low, high = (home + 0.5 * (np.asarray(side) - home) for side in (robot.limits.position_lower, robot.limits.position_upper))
+            low, high = (
+                home + 0.5 * (np.asarray(side) - home) for side in (robot.limits.position_lower, robot.limits.position_upper)
+            )
         else:
             low, high = np.array(middle) - half, np.array(middle) + half
         assert (rows >= low).all() and (rows <= high).all()
@@ -256,5 +258,7 @@ def test_the_verb_leaves_a_model_data_a_figure_and_one_screen(tmp_path: Path, ca
 def test_trials_say_what_failed() -> None:
     from mbctrl.cli.loops import _line
 
-    assert _line(Trial(3, 10, 5.25, np.zeros(2), 0.1, 1.0, 2)) == "trial 3: return 5.2, 2 trainings failed: the last good model stayed"
+    assert (
+        _line(Trial(3, 10, 5.25, np.zeros(2), 0.1, 1.0, 2)) == "trial 3: return 5.2, 2 trainings failed: the last good model stayed"
+    )
     assert _line(Trial(0, 0, -1.0, np.zeros(2), 0.0, 0.0, 0)) == "random commands: return -1.0"

@@ -231,7 +231,9 @@ def test_a_risk_that_means_nothing_is_refused_by_name(tmp_path: Path) -> None:
     config, file = load_run("arm2_swingup_sim")
     model = load_run_model(config, file)
     risky = validate(RunConfig, merged(config.model_dump(), {"planner": {"risk": {"kind": "worst"}}}), file)
-    message = r"arm2_swingup_sim.yaml: planner.risk.kind: 'worst' needs an ensemble of at least 2 networks, found no dynamics.residual"
+    message = (
+        r"arm2_swingup_sim.yaml: planner.risk.kind: 'worst' needs an ensemble of at least 2 networks, found no dynamics.residual"
+    )
     with pytest.raises(SpecError, match=message):
         MpcController(risky, model, file)
     identity(model, members=1, dt=config.dynamics.dt).save(tmp_path / "one.npz")

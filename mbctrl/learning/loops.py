@@ -67,5 +67,7 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
     recipe = validate(LearningRecipe, {**spec.model, **given}, file, "learn.model")
     per_plan = config.loop.rate * config.dynamics.dt
     if abs(per_plan - 1) > 1e-6:
-        raise SpecError(f"expected a plan each step of {config.dynamics.dt:g} s, found {config.loop.rate:g} Hz", file=file, key="loop.rate")
+        raise SpecError(
+            f"expected a plan each step of {config.dynamics.dt:g} s, found {config.loop.rate:g} Hz", file=file, key="loop.rate"
+        )
     return spec, recipe

@@ -224,7 +224,9 @@ def risk_of(config: RunConfig, hybrid: HybridDynamics | None, file: str | Path |
     members = 0 if hybrid is None or config.dynamics.backend == "mujoco" else hybrid.residual.members
     if members < 2:
         found = f"{members} networks" if members else "no dynamics.residual that is planned with"
-        raise SpecError(f"'{spec.kind}' needs an ensemble of at least 2 networks, found {found}", file=file, key="planner.risk.kind")
+        raise SpecError(
+            f"'{spec.kind}' needs an ensemble of at least 2 networks, found {found}", file=file, key="planner.risk.kind"
+        )
     return Risk(spec, members)
 
 
