@@ -15,6 +15,7 @@ from test_hybrid import residual_of
 
 from mbctrl.base.config import ContactSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
+from mbctrl.base.plan import PlanRequest
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.dynamics.hybrid import HybridDynamics
@@ -211,15 +212,17 @@ def test_raw_angles_are_a_field_of_the_file_and_the_same_compiled(arm2: Model, t
     assert not torch.allclose(hybrid.missed(turned, u[0]), hybrid.missed(x, u[0]), rtol=1e-3)
 
 
-def test_a_fully_learned_model_plans_in_torch_and_says_so_where_kernels_are_wanted(arm2: Model, tmp_path: Path) -> None:
+def test_a_fully_learned_model_plans_compiled_and_in_torch(arm2: Model, tmp_path: Path) -> None:
     config, file = load_run("arm2_swingup_sim")
     model = load_run_model(config, file)
     learned = replace(identity(model), dt=config.dynamics.dt)
     learned.save(tmp_path / "full.npz")
-    dynamics = {"residual": str(tmp_path / "full.npz"), "backend": "kernel", "threads": 1}
-    run = validate(RunConfig, merged(config.model_dump(), {"planner": {"samples": 16}, "dynamics": dynamics}), file)
-    with pytest.raises(SpecError, match="dynamics.backend: no compiled rollouts: a fully learned model"):
-        MpcController(run, model, file)
-    torched = run.model_copy(update={"dynamics": run.dynamics.model_copy(update={"backend": "torch"})})
-    controller = MpcController(torched, model, file)
-    assert controller.hybrid is not None and controller.hybrid.residual.base == "identity"
+    plans = {}
+    for backend in ("kernel", "torch"):
+        dynamics = {"residual": str(tmp_path / "full.npz"), "backend": backend, "threads": 1}
+        run = validate(RunConfig, merged(config.model_dump(), {"planner": {"samples": 32}, "dynamics": dynamics}), file)
+        controller = MpcController(run, model, file)
+        assert controller.hybrid is not None and controller.hybrid.residual.base == "identity"
+        plans[backend] = controller.plan(PlanRequest(0.0, np.array([0.5, 0.2, 0.0, 0.0])))
+    assert plans["kernel"].info["best"] == pytest.approx(plans["torch"].info["best"], rel=1e-4)
+    np.testing.assert_allclose(plans["kernel"].x, plans["torch"].x, atol=1e-4)

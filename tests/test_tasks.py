@@ -25,6 +25,7 @@ from mbctrl.tasks.terms import (
     Effort,
     JointLimits,
     Posture,
+    Proximity,
     Reach,
     Smoothness,
     Term,
@@ -79,6 +80,7 @@ SETTINGS: list[Term] = [
     ContactForce(weight=1, scale=4.0),
     ContactGap(weight=1, scale=0.02),
     ContactApproach(weight=1, speed=0.05, reach=0.03),
+    Proximity(weight=1, scale=0.3),
 ]
 NAMES = [f"{type(term).__name__}{i}" for i, term in enumerate(SETTINGS)]
 
@@ -129,6 +131,9 @@ class Traced:
 
     def cos(self) -> Traced:
         return Traced(lambda inputs: np.cos(self.value(inputs)))
+
+    def exp(self) -> Traced:
+        return Traced(lambda inputs: np.exp(self.value(inputs)))
 
     def abs(self) -> Traced:
         return Traced(lambda inputs: abs(self.value(inputs)))
@@ -214,6 +219,7 @@ def shifted(**changes: Any) -> Features:
     [
         (Reach(weight=1, position_scale=0.05), shifted(p_world_tcp=[0.3, 0.15, 0.7]), np.sqrt(1 + 25) - 1),  # 0.25 m off
         (Reach(weight=1, rotation_scale=0.2, rotation_weight=3), shifted(R_world_tcp=HALF_TURN), 3 * (np.sqrt(1 + 4 / 0.04) - 1)),
+        (Proximity(weight=1, scale=0.5), shifted(p_world_tcp=[0.3, 0.15, 0.7]), 1 - np.exp(-0.25)),
         (Track(weight=1, position_scale=0.01), shifted(p_world_tcp=[0.32, 0.0, 0.5]), 4.0),
         (Track(weight=1, rotation_scale=0.1, rotation_weight=0.5), shifted(R_world_tcp=HALF_TURN), 0.5 * 4 / 0.01),
         (Posture(weight=1, scale=2.0), shifted(q=[0.5, -0.2]), 0.16 / 4),

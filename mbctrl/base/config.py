@@ -17,6 +17,29 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[Number, Field(ge=0)]
 
 
+class RiskSpec(Spec):
+    """How a planner takes it that the members of an ensemble differ.
+
+    ``expectation``: members are averaged in every step, one rollout a candidate. With the others each member rolls every
+    candidate out by itself to the end (TS-inf of Chua et al., "Deep reinforcement learning in a handful of trials using
+    probabilistic dynamics models", 2018, without its noise), and a candidate's cost is made of its members': ``mean``;
+    ``deviation``, the mean and ``weight`` standard deviations, below 0 to seek what members disagree about; ``worst``;
+    ``cvar``, the mean of the worst ``share`` of members.
+    """
+
+    kind: Literal["expectation", "mean", "deviation", "worst", "cvar"] = "expectation"
+    weight: Number | None = None
+    share: Annotated[Number, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _settings(self) -> RiskSpec:
+        for key, kind in (("weight", "deviation"), ("share", "cvar")):
+            given = getattr(self, key) is not None
+            if given != (self.kind == kind):
+                raise ValueError(f"{key}: {'is of' if given else 'missing; is needed by'} kind {kind}, found kind {self.kind}")
+        return self
+
+
 class PlannerSpec(Spec):
     """The sampling planner.
 
@@ -36,6 +59,7 @@ class PlannerSpec(Spec):
     ramp: Annotated[Number, Field(gt=0, le=1)] = 1.0
     growth: Annotated[Number, Field(ge=1)] | None = None  # of a learnt spread, a plan; null: back to sigma at once
     discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    risk: RiskSpec = RiskSpec()
 
 
 class ContactSpec(Spec):
@@ -164,6 +188,7 @@ def load_run(name: str) -> tuple[RunConfig, Path]:
     """
     path = find("launch", name)
     scenario = load_yaml(path)
+    scenario.pop("learn", None)  # how to learn the model is mbctrl.learning.loops' to read
     controller = scenario.pop("controller", None)
     base: dict[str, Any] = {}
     if controller is not None:

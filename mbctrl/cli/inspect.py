@@ -18,6 +18,7 @@ from mbctrl.base.robot import Robot, load_robot
 from mbctrl.base.spec import dump_yaml, load_yaml
 from mbctrl.calibrate.recipe import load_recipe
 from mbctrl.cli.bundle import check_bundle, is_bundle
+from mbctrl.learning.loops import load_loop
 from mbctrl.learning.recipe import load_learning_recipe
 
 console = Console()
@@ -167,6 +168,8 @@ def _check(kind: str, name: str) -> str:
     target = (np.zeros(3), None) if config.goal.kind == "backend" else None
     x = np.concatenate([model.robot.home, np.zeros(model.robot.nq)])
     plan = build_controller(config, file, model).plan(PlanRequest(0.0, x, target=target, obstacles=still))
+    if "learn" in load_yaml(file):
+        load_loop(file, config)
     return f"{config.robot.name}, plans {len(plan.u) - 1} steps of {plan.dt * 1e3:g} ms, cost {plan.info['best']:.3g}"
 
 

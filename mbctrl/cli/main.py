@@ -18,6 +18,7 @@ from mbctrl.cli.verbs import (
     Evaluate,
     Excite,
     Export,
+    Learn,
     List,
     Payload,
     Replay,
@@ -60,7 +61,7 @@ def _dispatch(arguments: list[str]) -> int:
         return show_options(arguments[1])
     about = "Model-based control of robot arms: run a sampling MPC, calibrate it, deploy it."
     verb, rest = tyro.cli(Verb, prog="mbctrl", description=about, args=arguments or ["--help"], return_unknown_args=True)
-    if rest and not isinstance(verb, (Run, Export)):
+    if rest and not isinstance(verb, (Run, Export, Learn)):
         raise SpecError(f"unknown arguments: {' '.join(rest)}", file="command line")
     if isinstance(verb, Run):
         from mbctrl.cli.run import run
@@ -74,6 +75,10 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.learn import train
 
         return train(verb.recipe, verb.logs, verb.out)
+    if isinstance(verb, Learn):
+        from mbctrl.cli.loops import learn
+
+        return learn(verb.scenario, rest, verb.out)
     if isinstance(verb, Evaluate):
         from mbctrl.cli.learn import evaluate
 

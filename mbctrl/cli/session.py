@@ -61,6 +61,7 @@ class Session:
         watch: called with a ``Live`` about 20 times a second of run time; may return a dragged target.
         fan: sampled tool paths each plan carries, for a viewer.
         model: what the run believes, already loaded, to save the time.
+        plan: answers requests in lockstep in place of the scenario's planner.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Session:
         watch: Callable[[Live], Any] | None = None,
         fan: int = 0,
         model: Model | None = None,
+        plan: Callable[[PlanRequest], Plan] | None = None,
     ) -> None:
         self.config, self.file, self.lockstep, self._watch, self._fan = config, file, lockstep, watch, fan
         self.model = model or load_run_model(config, file)
@@ -83,7 +85,7 @@ class Session:
         self.clock = LockstepClock() if lockstep else RealClock()
         self.driver = self._driver()
         if lockstep:
-            self.port: Any = InlinePort(build_controller(config, file, self.model).plan, config.loop.latency)
+            self.port: Any = InlinePort(plan or build_controller(config, file, self.model).plan, config.loop.latency)
         else:
             build_controller(config, file, self.model)  # a bad setting is refused here, before a process starts
             self.port = ProcessPort(config, file)
@@ -115,6 +117,11 @@ class Session:
                 if log is not None:
                     log.close()
         return self.summary(folder)
+
+    def flush(self) -> None:
+        """Write what the logs hold so far."""
+        self._log.flush()
+        self._plans.flush()
 
     def summary(self, folder: Path) -> Summary:
         """Judge the run from its logs."""
@@ -158,8 +165,7 @@ class Session:
             self._plans.add((tick.arrived.stamp, tick.arrived.t0, tick.latency, *numbers, late))
         self._log.add(self._row(tick, tool, target))
         if self.loop.counts.ticks % _FLUSH == 0:
-            self._log.flush()
-            self._plans.flush()
+            self.flush()
         if self._watch and tick.t >= self._next_watch:
             self._next_watch = tick.t + 0.05
             live = Live(tick.t, state.q, self.progress, tick.plan, self._latency, target, getattr(self.driver, "total_reward", 0.0))

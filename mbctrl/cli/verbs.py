@@ -166,6 +166,26 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Learn:
+    """Learn a scenario's model while planning with it: random commands, then trials, each with what was learnt before.
+
+    The scenario's own ``learn:`` says how: once, from everything before each trial, or every so many steps of a trial. Any other
+    setting of the scenario can be given after its name. Leaves model.npz, transitions.parquet, learning.png and the trials' logs.
+
+    For example:
+
+        mbctrl learn cartpole_pets_sim
+        mbctrl learn cartpole_pets_sim --seed 3 --planner.samples 200 --out runs/mine
+        mbctrl run cartpole_pets_sim --lockstep --dynamics.residual runs/mine/model.npz
+    """
+
+    scenario: Positional[str]
+    """A scenario by name (mbctrl list) or path."""
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder to make; by default runs/learn-SCENARIO-DATE-TIME."""
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Judge a learned model on logs it has not seen, beside the analytic one: errors many steps ahead, intervals, the gate.
 
@@ -363,6 +383,7 @@ Verb = (
     | Annotated[Check, subcommand("check", prefix_name=False)]
     | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Learn, subcommand("learn", prefix_name=False)]
     | Annotated[Evaluate, subcommand("evaluate", prefix_name=False)]
     | Annotated[Payload, subcommand("payload", prefix_name=False)]
     | Annotated[Export, subcommand("export", prefix_name=False)]

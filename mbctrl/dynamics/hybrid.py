@@ -29,7 +29,7 @@ class HybridDynamics:
     """
 
     def __init__(self, base: RigidBodyDynamics, residual: Residual, tool: Frame, distance: Any) -> None:
-        self.base, self.residual, self.tool = base, residual, tool
+        self.base, self.residual, self.tool, self._distance = base, residual, tool, distance
         self.nq, self.nx, self.nu, self.dtype, self.device, self.dt = base.nq, base.nx, base.nu, base.dtype, base.device, base.dt
         self._layers = [(self._tensor(w), self._tensor(b)[:, :, None]) for w, b in residual.folded()]
         # What all members take in, and what is summed over them, is one product for all of them.
@@ -53,6 +53,11 @@ class HybridDynamics:
         other = object.__new__(HybridDynamics)
         other.__dict__ = {**self.__dict__, "base": self.base.with_dt(dt), "dt": dt}
         return other
+
+    def each(self) -> list[HybridDynamics]:
+        """Return the arm with each member of the ensemble alone."""
+        alone = [self.residual.member(e) for e in range(self.residual.members)]
+        return [HybridDynamics(self.base, one, self.tool, self._distance) for one in alone]
 
     def _before_last(self, inputs: Tensor) -> Tensor:
         """Return what the last layer takes in, (E, values, N); (1, inputs, N) where it is the first."""

@@ -14,7 +14,7 @@ import io
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -131,6 +131,10 @@ class Residual:
     def members(self) -> int:
         """How many networks there are, E."""
         return len(self.layers[0][0])
+
+    def member(self, e: int) -> Residual:
+        """Return the ensemble that is its network ``e`` alone."""
+        return replace(self, layers=tuple((w[e : e + 1], b[e : e + 1]) for w, b in self.layers))
 
     def hidden(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the layers with the normalisers inside the first; outputs in units of S."""

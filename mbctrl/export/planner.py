@@ -44,6 +44,9 @@ def refuse(controller: MpcController) -> None:
         raise SpecError(
             f"{controller.config.planner.noise} points are not exported; expected white or coloured", key="planner.noise"
         )
+    risk = controller.config.planner.risk.kind
+    if risk != "expectation":
+        raise SpecError(f"'{risk}' over rollouts of members is not exported; expected expectation", key="planner.risk.kind")
     if controller.config.dynamics.contact is not None:
         raise SpecError("a contact in the physics is not exported; expected null", key="dynamics.contact")
     if controller.config.dynamics.backend == "mujoco":

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from mbctrl.base.errors import ModelError
 from mbctrl.dynamics.residual import Residual, frame_of
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.graph import Graph, minimum
@@ -25,39 +24,44 @@ class TracedResidual:
         capsules: of ``gate_capsules``.
         tool: its link.
 
-    Errors:
-        ModelError: for a fully learned model, which takes the analytic step's place.
-
     Attributes:
         networks: one a member, in order; ``weights`` all their numbers in a row.
+        alone: whether it takes the analytic step's place.
     """
 
     def __init__(self, residual: Residual, capsules: list[tuple[np.ndarray, np.ndarray, float, int]], tool: Frame) -> None:
-        if residual.base != "analytic":
-            raise ModelError("a fully learned model (base: identity) is not compiled yet")
-        self.residual, self._capsules, self._link = residual, capsules, tool.link
+        self.residual, self._capsules, self._tool, self._link = residual, capsules, tool, tool.link
+        self.alone = residual.base == "identity"
         layers = residual.folded()
         sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
         self.networks = (Network(tuple(map(int, sizes)), residual.activation),) * residual.members
         flat = [network.flat([(w[e], b[e]) for w, b in layers]) for e, network in enumerate(self.networks)]
         self.weights = np.concatenate(flat)
 
+    def members(self) -> list[TracedResidual]:
+        """Return each member by itself: one network, and its weights."""
+        return [TracedResidual(self.residual.member(e), self._capsules, self._tool) for e in range(self.residual.members)]
+
     def __call__(
-        self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, v_after: Array
+        self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, v_after: Array | None
     ) -> Array:
-        """Return the velocity to add (n,), from state and angles before the analytic step, and angles and velocity after it."""
+        """Return the velocity to add (n,), from state and angles before the analytic step, and angles and velocity after it.
+
+        These two are not looked at by a model that stands alone, which has no gate.
+        """
         angle, sine, cosine = before
         turning = [i for i in range(step.arm.n) if step.arm.tree.revolute[i]]
         sliding = [i for i in range(step.arm.n) if not step.arm.tree.revolute[i]]
         command = u if step.drive.stiffness is None else u - q[list(step.drive.commanded)]
         seen = [*sine[turning], *cosine[turning], *q[sliding]] if self.residual.encode_angles else list(q)
-        gaps = self._distance(step, before), self._distance(step, after)
         inputs = [*seen, *v, *command]
-        if self.residual.sees_step:
-            inputs += [*((v_after - v) * (self.residual.dt / step.h)), *gaps]
-        near = minimum(*gaps)
-        part = clip01((self.residual.far - near) * (1.0 / (self.residual.far - self.residual.near)))
-        gate = part * part * (3.0 - 2.0 * part)
+        gate: Any = 1.0
+        if not self.alone:
+            gaps = self._distance(step, before), self._distance(step, after)
+            if self.residual.sees_step:
+                inputs += [*((v_after - v) * (self.residual.dt / step.h)), *gaps]
+            part = clip01((self.residual.far - minimum(*gaps)) * (1.0 / (self.residual.far - self.residual.near)))
+            gate = part * part * (3.0 - 2.0 * part)
         total: Any = 0.0
         for k, network in enumerate(self.networks):
             total = total + graph.network(k, network, inputs, gate)

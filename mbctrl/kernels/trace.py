@@ -233,16 +233,32 @@ class _Carry:
 
     def advance(self) -> tuple[Array, Array, Any]:
         """Return q, v and the angles (None: not known) after the step."""
+        if self.residual is not None and self.residual.alone:
+            return self._alone(self.residual)
         if not self.kept:
             q, v, self.acceleration = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
             q, v, where = self._learnt(q, v, self.step.angles(self.q), None)
             return q, v, where
+        before = self._carried()
+        q, v, self.acceleration = self.step(self.q, self.v, self.u, before)
+        q, v, where = self._learnt(q, v, before, self.step.angles(q))
+        return q, v, where
+
+    def _carried(self) -> tuple[Array, Array, Array]:
+        """Return the angles before the step, their sines and cosines as the last step left them."""
         sine, cosine = np.full(self.n, 0.0, dtype=object), np.full(self.n, 1.0, dtype=object)
         sine[self.turning], cosine[self.turning] = self._sine, self._cosine
         angle = np.array([value - r for value, r in zip(self.q, self.step.reference)], dtype=object)
-        q, v, self.acceleration = self.step(self.q, self.v, self.u, (angle, sine, cosine))
-        q, v, where = self._learnt(q, v, (angle, sine, cosine), self.step.angles(q))
-        return q, v, where
+        return angle, sine, cosine
+
+    def _alone(self, residual: TracedResidual) -> tuple[Array, Array, Any]:
+        """Return q, v and the angles after a step of a model without physics."""
+        before = self._carried() if self.kept else self.step.angles(self.q)
+        more = residual(self.graph, self.step, self.q, self.v, self.u, before, None, None)
+        self.acceleration = more * (1.0 / self.step.h)
+        v = self.v + more
+        q = self.q + self.step.h * v
+        return q, v, self.step.angles(q) if self.kept else None
 
     def _learnt(self, q: Array, v: Array, before: Any, after: Any) -> tuple[Array, Array, Any]:
         """Return q, v and the angles after the step with the residual on top, where there is one."""

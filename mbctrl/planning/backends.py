@@ -26,8 +26,9 @@ from mbctrl.kernels.trace import Goal
 from mbctrl.planning.arrays import Array, host, tensor
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
-from mbctrl.planning.objective import FeatureMap, RolloutObjective, TorchSearch
+from mbctrl.planning.objective import FeatureMap, MemberwiseObjective, Objective, RolloutObjective, TorchSearch
 from mbctrl.planning.planner import Search
+from mbctrl.planning.risk import Risk
 from mbctrl.tasks.distance import capsule_obstacle
 from mbctrl.tasks.task import Task
 
@@ -50,6 +51,7 @@ class Parts:
     lower: np.ndarray
     upper: np.ndarray
     hybrid: HybridDynamics | None = None  # the arm with what is learnt on top
+    risk: Risk | None = None  # over rollouts of its members one by one
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,13 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
     array = partial(tensor, dtype=analytic.dtype, device=analytic.device)
     arm = parts.hybrid or analytic
     rolled: Any = arm if wanted != "mujoco" else simulator_of(config, model)
-    objective = RolloutObjective(rolled, parts.features, parts.task, config.planner.discount)
+
+    def costs_by(dynamics: Any) -> RolloutObjective:
+        return RolloutObjective(dynamics, parts.features, parts.task, config.planner.discount)
+
+    objective: Objective = costs_by(rolled)
+    if parts.hybrid is not None and parts.risk is not None:
+        objective = MemberwiseObjective([costs_by(member) for member in parts.hybrid.each()], parts.risk)
     search = TorchSearch(objective, parts.knots, parts.noise, array(parts.lower), array(parts.upper))
     return Backend("mujoco" if wanted == "mujoco" else "torch", search, array, arm)
 
@@ -117,6 +125,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         discount=config.planner.discount,
         obstacles=config.obstacles,
         residual=traced,
+        risk=parts.risk,
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
@@ -178,6 +187,24 @@ def hybrid_of(
         raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
     residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
+
+
+def risk_of(config: RunConfig, hybrid: HybridDynamics | None, file: str | Path | None = None) -> Risk | None:
+    """Return how costs by an ensemble's members become one, None where members are averaged in every step.
+
+    Errors:
+        SpecError: where there are not several members to roll out.
+    """
+    spec = config.planner.risk
+    if spec.kind == "expectation":
+        return None
+    members = 0 if hybrid is None or config.dynamics.backend == "mujoco" else hybrid.residual.members
+    if members < 2:
+        found = f"{members} networks" if members else "no dynamics.residual that is planned with"
+        raise SpecError(
+            f"'{spec.kind}' needs an ensemble of at least 2 networks, found {found}", file=file, key="planner.risk.kind"
+        )
+    return Risk(spec, members)
 
 
 def simulator_of(config: RunConfig, model: Model) -> SimulatorDynamics:

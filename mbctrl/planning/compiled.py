@@ -18,6 +18,7 @@ from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
 from mbctrl.planning.engines import CpuEngine, Engine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
+from mbctrl.planning.risk import Risk
 from mbctrl.planning.search import Drawing, KernelDynamics, KernelSearch
 from mbctrl.tasks.task import Task
 
@@ -70,6 +71,7 @@ def kernel_search(
     discount: float = 1.0,
     obstacles: Sequence[Obstacle] = (),
     residual: TracedResidual | None = None,
+    risk: Risk | None = None,
 ) -> KernelSearch:
     """Return the compiled search of the arm and task.
 
@@ -80,15 +82,20 @@ def kernel_search(
         knots, noise: the action parametrisation and its noise.
         samples, lower, upper, engine: as ``KernelSearch``.
         residual: what is learnt on top of the arm.
+        risk: makes one cost of those of its members, which roll out one by one; None: they are averaged in every step.
 
     Errors:
         TypeError: where a term cannot be traced, when the search is first used.
     """
+    rolled, weights = residual, None if residual is None else residual.weights
+    if residual is not None and risk is not None:
+        members = residual.members()
+        rolled, weights = members[0], np.stack([member.weights for member in members])
     colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
 
     def traced(goal: Goal) -> Traced:
         arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
-        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact)
+        return trace_objective(*arm, tool, task, goal, obstacles, rolled, dynamics.contact)
 
     return KernelSearch(
         traced,
@@ -99,5 +106,6 @@ def kernel_search(
         lower=lower,
         upper=upper,
         engine=engine,
-        weights=None if residual is None else residual.weights,
+        weights=weights,
+        risk=risk,
     )

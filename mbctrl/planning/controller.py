@@ -17,7 +17,7 @@ from mbctrl.base.scene import MOVING, CircleGoal, PoseGoal
 from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of
+from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, risk_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
@@ -55,9 +55,9 @@ class MpcController(Mpc):
         low, high = command_bounds(robot)
         noise = Noise(spec.noise, Shape(spec.knots, robot.nu, spec.samples), spec.beta, **like)
         rule = build_rule(config, file)
-        self.backend = build_backend(
-            config, model, self.analytic, Parts(self.features, self.task, knots, noise, low, high, self.hybrid), file
-        )
+        risk = risk_of(config, self.hybrid, file)
+        parts = Parts(self.features, self.task, knots, noise, low, high, self.hybrid, risk)
+        self.backend = build_backend(config, model, self.analytic, parts, file)
         planner = Planner(
             self.backend.search,
             rule,

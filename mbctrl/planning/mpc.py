@@ -54,6 +54,10 @@ class Mpc:
         self._plans: dict[int, Plan] = {}
         self._seq = 0
 
+    def resume(self, other: Mpc) -> None:
+        """Go on where ``other`` is, of the same settings and another model: its belief, and its plans, which may be in force."""
+        self._state, self._plans, self._seq = other._state, other._plans, other._seq
+
     def warm(self) -> None:
         """Plan once and forget it, so that the first real plan is as fast as the rest."""
         home = np.concatenate([self.robot.home, np.zeros(self.robot.nq)])

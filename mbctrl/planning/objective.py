@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mbctrl.planning.arrays import like
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
 from mbctrl.planning.planner import Parameters, Search
+from mbctrl.planning.risk import Risk
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.tasks.distance import capsule_box, capsule_plane, capsule_sphere
 from mbctrl.tasks.features import Features
@@ -148,6 +149,22 @@ class RolloutObjective:
                 weights[-1] += self.task.terms[name].terminal * self.discount**horizon
             total = total + weights @ row.expand(horizon, len(total))
         return total
+
+
+class MemberwiseObjective:
+    """Every member of an ensemble rolls all commands out by itself.
+
+    Args:
+        members: an objective each.
+        risk: makes one cost of theirs.
+    """
+
+    def __init__(self, members: Sequence[Objective], risk: Risk) -> None:
+        self.members, self.risk = members, risk
+
+    def __call__(self, x: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
+        """Return costs (N,) of ``commands`` (H, nu, N) from state ``x`` (nx,)."""
+        return self.risk(torch.stack([member(x, commands, parameters) for member in self.members]))
 
 
 class TorchSearch(Search):

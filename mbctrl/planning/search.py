@@ -15,6 +15,7 @@ from mbctrl.planning.arrays import Array, host, like, namespace
 from mbctrl.planning.engines import CpuEngine, Engine
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.planner import Parameters, Search
+from mbctrl.planning.risk import Risk
 from mbctrl.planning.rules.base import Distribution
 
 
@@ -100,7 +101,8 @@ class KernelSearch(Search):
         samples: N.
         lower, upper: (nu,) command bounds, numpy's.
         engine: where it runs; every array is of its kind.
-        weights: of the programs' networks, None: they have none.
+        weights: of the programs' networks, None: they have none; (E, weights) with ``risk``.
+        risk: makes one cost of those by each row of weights, which rolls every candidate out by itself; None: there is one.
     """
 
     def __init__(
@@ -115,8 +117,11 @@ class KernelSearch(Search):
         upper: np.ndarray,
         engine: Engine,
         weights: np.ndarray | None = None,
+        risk: Risk | None = None,
     ) -> None:
-        self._weights = {} if weights is None else {"weights": engine.array(weights)}
+        members = [] if weights is None else weights if risk is not None else [weights]
+        self._members = [{"weights": engine.array(row)} for row in members] or [{}]
+        self._risk = risk
         self._traced, self._knots, self._noise = traced, knots, noise
         self._samples, self._engine = samples, engine
         self._kernels: dict[Goal, _Kernel] = {}
@@ -151,22 +156,23 @@ class KernelSearch(Search):
             candidates[:, :, samples:] = candidates[:, :, samples - 1 : samples]
         if given:
             candidates[:, :, :given] = fixed.clip(self._low, self._high)
-        costs = self._engine.empty(count)
+        costs = self._engine.empty(len(self._members), count)
         arrays = {
             "start": array(x),
             "table": self._table(kernel.traced, parameters),
             "uniform": self._uniform(kernel.traced, parameters),
-            "cost": costs,
             "basis": self._basis,
             "knots": candidates,
             "mean": array(belief.mean),
             "spread": array(belief.spread),
             "lower": self._lower,
             "upper": self._upper,
-            **self._weights,
         }
-        self._engine.run(kernel.code, arrays, samples=count, steps=self._knots.steps, fixed=given, seed=seed, draw=draw)
-        return candidates[..., :samples], costs[:samples]
+        sizes = {"samples": count, "steps": self._knots.steps, "seed": seed, "draw": draw}
+        for row, weights in zip(costs, self._members):  # all but the first find their candidates drawn
+            self._engine.run(kernel.code, {**arrays, **weights, "cost": row}, fixed=given, **sizes)
+            given = count
+        return candidates[..., :samples], costs[0, :samples] if self._risk is None else self._risk(costs[:, :samples])
 
     def _table(self, traced: Traced, parameters: Parameters) -> Array:
         """Return the table (H, columns); the last one again where it was made of the same arrays."""

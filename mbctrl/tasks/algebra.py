@@ -1,6 +1,6 @@
 """The tiny algebra terms are written in: numpy numbers, torch tensors and traced scalars take the same source.
 
-A value that is not numpy's or a plain number must bring ``sqrt``, ``cos``, ``abs`` and ``clip(min=, max=)``; arrays of
+A value that is not numpy's or a plain number must bring ``sqrt``, ``cos``, ``exp``, ``abs`` and ``clip(min=, max=)``; arrays of
 such values (numpy's, of dtype object) are taken element by element.
 """
 
@@ -36,6 +36,12 @@ def sqrt(x: Any) -> Any:
 def cos(x: Any) -> Any:
     """Cosine."""
     return np.cos(x) if isinstance(x, _PLAIN) else x.cos()
+
+
+@_elementwise
+def exp(x: Any) -> Any:
+    """Exponential."""
+    return np.exp(x) if isinstance(x, _PLAIN) else x.exp()
 
 
 @_elementwise

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mbctrl.base.robot import Positive, Vector
 from mbctrl.base.spec import Number, Spec
-from mbctrl.tasks.algebra import absolute, clip01, cos, dot, positive, pseudo_huber
+from mbctrl.tasks.algebra import absolute, clip01, cos, dot, exp, positive, pseudo_huber
 from mbctrl.tasks.features import Features, RobotScales
 
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -61,6 +61,20 @@ class Reach(Term):
         if f.R_world_target is None or self.rotation_weight == 0:
             return total
         return total + self.rotation_weight * pseudo_huber(_rotation_error(f, self.rotation_scale))
+
+
+class Proximity(Term):
+    """Tool position near the target: 1 - exp(-squared distance over ``scale`` squared), which hardly changes far away.
+
+    Source: Chua et al., "Deep reinforcement learning in a handful of trials using probabilistic dynamics models" (2018), whose
+    reward is what is left of 1.
+    """
+
+    needs: ClassVar[str | None] = "p_world_target"
+    scale: Positive = 0.1  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        return 1.0 - exp(-_position_error(f, self.scale))
 
 
 class Track(Term):
@@ -243,6 +257,7 @@ class ContactApproach(Term):
 
 TERMS = {
     "reach": "mbctrl.tasks.terms:Reach",
+    "proximity": "mbctrl.tasks.terms:Proximity",
     "track": "mbctrl.tasks.terms:Track",
     "posture": "mbctrl.tasks.terms:Posture",
     "velocity": "mbctrl.tasks.terms:Velocity",

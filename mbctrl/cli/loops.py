@@ -1,0 +1,237 @@
+"""``mbctrl learn``: the loops of model-based reinforcement learning: act, learn from it, act better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mbctrl.base.config import RecordSpec, RunConfig, load_run
+from mbctrl.base.errors import MbctrlError, SpecError
+from mbctrl.base.extras import need
+from mbctrl.base.plan import Plan, PlanRequest
+from mbctrl.cli.build import check_goal, load_run_model
+from mbctrl.cli.episodes import rewards
+from mbctrl.cli.run import with_overrides
+from mbctrl.cli.session import Session
+from mbctrl.learning.explore import RandomCommands
+from mbctrl.learning.fit import fit
+from mbctrl.learning.loops import LearnSpec, load_loop
+from mbctrl.learning.recipe import LearningRecipe
+from mbctrl.learning.runs import from_run, source_of
+from mbctrl.learning.samples import analytic_model, gate_of, samples_of, with_gaps
+from mbctrl.learning.transitions import Transitions, concatenate, cut, split, write_transitions
+from mbctrl.planning.controller import MpcController
+
+console = Console()
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An episode: its number, 0 for the random one; what it began with and what came of it.
+
+    Args:
+        number: counted from 1.
+        known: transitions there were before it.
+        reward: its return.
+        rewards: of each step, (T,).
+        cpu: processor time of a plan [s], median.
+        training: time spent learning for it, and in it [s].
+        failures: trainings that failed; the last good model stayed.
+    """
+
+    number: int
+    known: int
+    reward: float
+    rewards: np.ndarray
+    cpu: float
+    training: float
+    failures: int
+
+
+class Loop:
+    """Acts and learns by turns.
+
+    Args:
+        config, file: the resolved scenario and its file.
+        spec, recipe: of ``load_loop``.
+        folder: of everything it leaves: model.npz, transitions.parquet, a run folder a trial.
+        tell: told what is being done.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        file: Path,
+        spec: LearnSpec,
+        recipe: LearningRecipe,
+        folder: Path,
+        tell: Tell = lambda text: None,
+    ) -> None:
+        self.spec, self.recipe, self.folder, self._file, self._tell = spec, recipe, folder, file, tell
+        self.path = folder / "model.npz"
+        planner = config.planner.model_copy(update={"risk": spec.risk})
+        dynamics = config.dynamics.model_copy(update={"residual": str(self.path.resolve())})
+        record = RecordSpec(plots=False, video=False)
+        self.config = config.model_copy(update={"record": record, "stop_when_done": False})
+        self._learned = config.model_copy(update={"planner": planner, "dynamics": dynamics})
+        self.model = load_run_model(config, file)
+        check_goal(config, self.model, file)
+        self._source = source_of(self.model.robot, self.model.tree.revolute, recipe.dt)
+        rng = np.random.default_rng((config.seed, 1))
+        self._random = RandomCommands(self.model.robot, spec.share, spec.hold * recipe.dt, recipe.dt, rng)
+        self.known: list[Transitions] = []
+        self.controller: MpcController | None = None
+        self._session: Session | None = None
+        self._trial, self._before, self._due = 0, 0, spec.random
+        self._training, self._failures = 0.0, 0
+
+    def run(self, done: Callable[[Trial], None] = lambda trial: None) -> list[Trial]:
+        """Return all trials, the random one first where there is one; ``done`` is called after each."""
+        trials = []
+        online = self.spec.loop == "online"
+        for number in range(1 if online else 0, self.spec.trials + 1):
+            if not online and (number == 1 or (number > 1 and self.spec.loop == "aggregate")):
+                self.learn()
+            trials.append(self._episode(number))
+            write_transitions(self.folder / "transitions.parquet", concatenate(self.known))
+            done(trials[-1])
+        return trials
+
+    def _episode(self, number: int) -> Trial:
+        """Run one episode and keep its transitions."""
+        self._tell("random commands" if number == 0 else f"trial {number}")
+        period = 1 / self.model.robot.control.rate
+        length = self.config.duration if number else self.spec.random * self.recipe.dt + period
+        config = self.config.model_copy(update={"seed": self.config.seed + number, "duration": length})
+        known = self._count()
+        self._trial = number
+        if self.controller is not None:
+            self.controller.reset()
+        self._session = Session(config, self._file, lockstep=True, model=self.model, plan=self._plan)
+        folder = self.folder / f"trial-{number:02d}"
+        summary = self._session.run(folder)
+        if summary.interrupted:
+            raise KeyboardInterrupt
+        self.known.append(from_run(folder / "log.csv", self._source))
+        self._before += round((length - period) / self.recipe.dt)
+        earned = self._rewards(folder)
+        training, self._training = self._training, 0.0
+        failures, self._failures = self._failures, 0
+        total = float(earned.sum()) if summary.reward is None else summary.reward
+        return Trial(number, known, total, earned, summary.cpu, training, failures)
+
+    def _rewards(self, folder: Path) -> np.ndarray:
+        from mbctrl.base.logs import read_log
+
+        return rewards(self.config, self.model, read_log(folder / "log.csv"), self.spec.best)
+
+    def _count(self) -> int:
+        return sum(map(len, self.known))
+
+    def _plan(self, request: PlanRequest) -> Plan:
+        """Return the plan of whatever is in charge: random commands, or the newest model's planner."""
+        if self.spec.loop == "online" and self._before + round(request.stamp / self.recipe.dt) >= self._due:
+            self._due += self.spec.every or 0
+            self._session.flush()
+            self.learn(from_run(self.folder / f"trial-{self._trial:02d}" / "log.csv", self._source))
+        planner = self.controller if self._trial and self.controller is not None else self._random
+        return planner.plan(request)
+
+    def learn(self, more: Transitions | None = None) -> None:
+        """Learn from all transitions and those of the episode that goes on; its planner takes over where the last one is.
+
+        A training that fails leaves the last good model in charge.
+
+        Errors:
+            MbctrlError and what else a training raises, where there is no earlier model.
+        """
+        start = time.monotonic()
+        every = concatenate([*self.known, *([] if more is None or not len(more) else [more])])
+        try:
+            self._fit(every)
+        except (MbctrlError, ArithmeticError, RuntimeError, MemoryError) as error:
+            if self.controller is None:
+                raise
+            self._failures += 1
+            self._tell(f"training failed, the last good model stays: {error}")
+        else:
+            new = MpcController(self._learned, self.model, self._file)
+            if self.controller is not None:
+                new.resume(self.controller)
+            self.controller = new
+        self._training += time.monotonic() - start
+
+    def _fit(self, every: Transitions) -> None:
+        """Learn and write the model, whole or not at all."""
+        recipe, arm = self.recipe, self.model
+        if recipe.surfaces:
+            every = with_gaps(every, arm, gate_of(arm, analytic_model(arm, recipe.dt, recipe.integrator), recipe))
+        pieces = every if recipe.episode is None else cut(every, recipe.episode)
+        training, held, _ = split(pieces, (recipe.training.validation, 0.0), recipe.training.seed)
+        sets = [samples_of(part, arm, recipe) for part in (training, held)]
+        name = f"learning from {len(every)} transitions"
+        fitted = fit(*sets, arm, recipe, lambda epoch: self._tell(f"{name}, epoch {epoch.number}"))
+        fitted.residual.save(self.path)
+
+
+def learn(scenario: str, overrides: list[str], out: Path | None) -> int:
+    """Run the loop of ``scenario``; return the exit code."""
+    config, file = load_run(scenario)
+    config = with_overrides(config, overrides, scenario, file)
+    spec, recipe = load_loop(file, config)
+    folder = out or Path("runs") / f"learn-{file.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists():
+        raise SpecError("exists already", file=folder)
+    for module in ("torch", "mujoco", "pinocchio", "scipy", "pyarrow"):
+        need(module, "learn", "learning")
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("building", total=spec.trials + (spec.loop != "online"))
+        loop = Loop(config, file, spec, recipe, folder, lambda text: progress.update(task, description=text))
+
+        def done(trial: Trial) -> None:
+            progress.advance(task)
+            progress.console.print(_line(trial), highlight=False)
+
+        trials = loop.run(done)
+    _screen(trials, file.stem, config.seed)
+    _plot(trials, folder / "learning.png", file.stem)
+    console.print(f"wrote {folder}: model.npz, transitions.parquet, learning.png", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _line(trial: Trial) -> str:
+    failed = f", {trial.failures} trainings failed: the last good model stayed" if trial.failures else ""
+    return f"{'random commands' if trial.number == 0 else f'trial {trial.number}'}: return {trial.reward:.1f}{failed}"
+
+
+def _screen(trials: list[Trial], name: str, seed: int) -> None:
+    table = Table(title=f"{name}, seed {seed}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("trial", "transitions before", "return", "CPU a plan \\[ms]", "learning \\[s]"):
+        table.add_column(column, justify="right")
+    for trial in trials:
+        cpu = f"{1e3 * trial.cpu:.1f}" if trial.number else ""
+        number = str(trial.number) if trial.number else "random"
+        table.add_row(number, str(trial.known), f"{trial.reward:.1f}", cpu, f"{trial.training:.1f}")
+    console.print(table)
+
+
+def _plot(trials: list[Trial], path: Path, name: str) -> None:
+    from mbctrl.report.returns import plot_returns
+
+    planned = [trial for trial in trials if trial.number]
+    chance = next((trial.reward for trial in trials if not trial.number), None)
+    try:
+        plot_returns([(trial.number, trial.reward, np.cumsum(trial.rewards)) for trial in planned], chance, path, name)
+    except MbctrlError as error:
+        console.print(f"[yellow]no {path.name}:[/] {error}", highlight=False)

@@ -1,0 +1,73 @@
+"""``learn:`` of a scenario: how its model is learnt while it is planned with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mbctrl.base.config import Count, RiskSpec, RunConfig
+from mbctrl.base.errors import SpecError
+from mbctrl.base.spec import Number, Spec, load_yaml, validate
+from mbctrl.learning.recipe import LearningRecipe
+
+_TAKEN = ("robot", "dt", "integrator")  # the scenario says these
+
+
+class LearnSpec(Spec):
+    """A loop of model-based reinforcement learning.
+
+    ``loop``: ``once`` collects with random commands, learns, then plans; ``aggregate`` learns anew from everything before
+    each trial; ``online`` learns anew every so many steps (``every``) while a trial goes on.
+
+    ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
+    for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. A trial's return
+    is the sum over its steps of ``best`` less what the task's terms cost [1/s].
+
+    ``model`` is a recipe of what is learnt without robot, time step and integrator, which are the scenario's.
+    """
+
+    loop: Literal["once", "aggregate", "online"]
+    trials: Count = 10
+    random: Count = 200
+    hold: Count = 1
+    share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    every: Count | None = None
+    best: Number = 0.0
+    risk: RiskSpec = RiskSpec()
+    model: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _online(self) -> LearnSpec:
+        if (self.every is not None) != (self.loop == "online"):
+            raise ValueError(f"every: {'is of' if self.every else 'missing; is needed by'} loop online, found loop {self.loop}")
+        return self
+
+
+def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningRecipe]:
+    """Return a scenario's loop, and the recipe of its model.
+
+    Args:
+        file: the scenario's.
+        config: what it resolves to.
+
+    Errors:
+        SpecError: naming file and key.
+    """
+    data = load_yaml(file)
+    if "learn" not in data:
+        raise SpecError("missing; this scenario does not say how it learns", file=file, key="learn")
+    spec = validate(LearnSpec, data["learn"], file, "learn")
+    for key in _TAKEN:
+        if key in spec.model:
+            raise SpecError("the scenario says it already", file=file, key=f"learn.model.{key}")
+    given = {"robot": config.robot, "dt": config.dynamics.dt, "integrator": config.dynamics.integrator}
+    recipe = validate(LearningRecipe, {**spec.model, **given}, file, "learn.model")
+    per_plan = config.loop.rate * config.dynamics.dt
+    if abs(per_plan - 1) > 1e-6:
+        raise SpecError(
+            f"expected a plan each step of {config.dynamics.dt:g} s, found {config.loop.rate:g} Hz", file=file, key="loop.rate"
+        )
+    return spec, recipe

@@ -1,0 +1,264 @@
+"""The loops of model-based reinforcement learning: random commands, trials, refits, rewards, and trainings that fail."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.errors import SpecError
+from mbctrl.base.logs import read_log
+from mbctrl.base.plan import PlanRequest
+from mbctrl.base.spec import dump_yaml, load_yaml, validate
+from mbctrl.cli.episodes import rewards
+from mbctrl.cli.loops import Loop, Trial
+from mbctrl.cli.main import main
+from mbctrl.cli.session import Session
+from mbctrl.dynamics.load import load_model
+from mbctrl.dynamics.residual import load_residual
+from mbctrl.learning.explore import RandomCommands
+from mbctrl.learning.fit import LearningError
+from mbctrl.learning.loops import load_loop
+from mbctrl.learning.transitions import read_transitions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+SMALL: dict[str, Any] = {"network": {"members": 2, "hidden": [16]}, "training": {"epochs": 15, "batch": 32, "validation": 0.4}}
+
+
+def scenario(folder: Path, name: str = "pendulum_online_sim", duration: float = 2.05, **learn: Any) -> Path:
+    """Write a scenario of the checkout with another loop, small, into ``folder``; return its file."""
+    data = load_yaml(load_run(name)[1])
+    data["duration"] = duration
+    data["dynamics"] = {"threads": 1}
+    data["learn"] = merged(data["learn"], {"random": 30, "model": {**SMALL, "episode": 0.3}, **learn})
+    data["learn"] = {key: value for key, value in data["learn"].items() if value is not None}
+    path = folder / "small.yaml"
+    path.write_text(dump_yaml(data))
+    return path
+
+
+def loop_of(file: Path, folder: Path, seed: int = 0) -> Loop:
+    config, path = load_run(str(file))
+    config = config.model_copy(update={"seed": seed})
+    return Loop(config, path, *load_loop(path, config), folder)
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_random_commands_fill_their_share_of_the_bounds_and_are_held() -> None:
+    for name, middle, half in (("cartpole_pets", [0.0], [150.0]), ("panda", None, None)):
+        robot = load_model(name).robot
+        made = RandomCommands(robot, 0.5, 0.08, 0.04, np.random.default_rng(3))
+        again = RandomCommands(robot, 0.5, 0.08, 0.04, np.random.default_rng(3))
+        x = np.zeros(2 * robot.nq)
+        plans = [made.plan(PlanRequest(0.04 * k, x)) for k in range(400)]
+        rows = np.array([plan.command(plan.t0) for plan in plans])
+        assert np.array_equal(rows, [again.plan(PlanRequest(0.04 * k, x)).u[0] for k in range(400)])
+        assert np.array_equal(rows[::2], rows[1::2]) and (np.abs(np.diff(rows[::2], axis=0)) > 0).all()
+        assert all(plan.seq == 0 and plan.end >= plan.t0 + 0.08 - 1e-9 for plan in plans)
+        if middle is None:
+            home = np.asarray(robot.home)
+            low, high = (
+                home + 0.5 * (np.asarray(side) - home) for side in (robot.limits.position_lower, robot.limits.position_upper)
+            )
+        else:
+            low, high = np.array(middle) - half, np.array(middle) + half
+        assert (rows >= low).all() and (rows <= high).all()
+        assert (rows.min(0) < low + 0.05 * (high - low)).all() and (rows.max(0) > high - 0.05 * (high - low)).all()
+
+
+def test_rewards_are_those_of_pets(tmp_path: Path) -> None:
+    """By hand: exp(-(tip to goal)² / L²) - 0.01 a² at each state that a command leads to."""
+    config, file = load_run("cartpole_pets_sim")
+    config = config.model_copy(update={"duration": 1.64, "seed": 4})
+    model = load_model("cartpole_pets")
+    play = RandomCommands(model.robot, 1.0, 0.04, 0.04, np.random.default_rng(0))
+    Session(config, file, lockstep=True, model=model, plan=play.plan).run(tmp_path / "run")
+    log = read_log(tmp_path / "run" / "log.csv")
+    q, u = log["q"], log["u"][:-1, 0]
+    assert len(q) == 41
+    tip = np.stack([q[1:, 0] - 0.6 * np.sin(q[1:, 1]), -0.6 * np.cos(q[1:, 1])])
+    expected = np.exp(-((tip - [[0.0], [0.6]]) ** 2).sum(0) / 0.36) - 0.01 * (u / 100) ** 2
+    found = rewards(config, model, log, 1.0)
+    print("reward", np.abs(found - expected).max())
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert np.ptp(expected) > 0.01
+
+
+def test_rewards_take_joint_goals_and_mean_commands(tmp_path: Path) -> None:
+    """arm2 is controlled 50 times a model step: what counts is the mean command, and the state at the step's end."""
+    config, file = load_run("arm2_swingup_sim")
+    config = validate(RunConfig, merged(config.model_dump(), {"duration": 0.401, "task": {"effort": {"weight": 0.5}}}), file)
+    model = load_model("arm2")
+    play = RandomCommands(model.robot, 0.3, 0.03, 0.05, np.random.default_rng(0))
+    Session(config, file, lockstep=True, model=model, plan=play.plan).run(tmp_path / "run")
+    log = read_log(tmp_path / "run" / "log.csv")
+    q, v, u = log["q"][50::50], log["v"][50::50], log["u"][:400].reshape(8, 50, 2).mean(1)
+    error = q - [3.14159265, 0.0]
+    over = [np.maximum(np.abs(q) - 4.2, 0).sum(1) / 0.3]
+    cost = (2 * (1 - np.cos(error)) * [1.0, 0.3]).sum(1) + 0.02 * (v**2).sum(1) + 5 * over[0] ** 2
+    cost = cost + 0.5 * ((u / [7.2, 1.9]) ** 2).sum(1)
+    np.testing.assert_allclose(rewards(config, model, log, 2.0), 2.0 - cost, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loop": "twice"}, "learn.loop"),
+        ({"every": None}, "learn: every: missing; is needed by loop online"),
+        ({"loop": "once"}, "learn: every: is of loop online, found loop once"),
+        ({"trails": 3}, "learn.trails: unknown key; did you mean 'trials'"),
+        ({"model": {"dt": 0.1}}, "learn.model.dt: the scenario says it already"),
+        ({"model": {"network": {"members": 0}}}, "learn.model.network.members"),
+        ({"model": {"base": "analytic"}}, "learn.model: surfaces: expected at least one"),
+        ({"risk": {"kind": "cvar"}}, "learn.risk: share: missing"),
+    ],
+)
+def test_a_loop_that_makes_no_sense_is_refused_by_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = scenario(tmp_path, **change)
+    config, path = load_run(str(file))
+    with pytest.raises(SpecError, match=message) as caught:
+        load_loop(path, config)
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_a_scenario_that_does_not_learn_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["learn", "arm2_swingup_sim", "--out", str(tmp_path / "x")]) == 2
+    assert "arm2_swingup_sim.yaml: learn: missing; this scenario does not say how it learns" in capsys.readouterr().err
+    config, path = load_run("cartpole_pets_sim")
+    slow = config.model_copy(update={"loop": config.loop.model_copy(update={"rate": 10.0})})
+    with pytest.raises(SpecError, match=r"loop.rate: expected a plan each step of 0.04 s, found 10 Hz"):
+        load_loop(path, slow)
+
+
+# --- the loops --------------------------------------------------------------------------------------------------------
+
+
+def test_trials_aggregate_and_are_reproducible(tmp_path: Path) -> None:
+    file = scenario(tmp_path, loop="aggregate", every=None, trials=2, risk={"kind": "mean"})
+    first = loop_of(file, tmp_path / "one").run()
+    assert [trial.number for trial in first] == [0, 1, 2]
+    assert [trial.known for trial in first] == [0, 30, 70] and [len(trial.rewards) for trial in first] == [30, 40, 40]
+    assert all(trial.reward == pytest.approx(trial.rewards.sum()) and np.isfinite(trial.rewards).all() for trial in first)
+    kept = read_transitions(tmp_path / "one" / "transitions.parquet")
+    assert len(kept) == 110 and len(np.unique(kept.episode)) == 3 and kept.source.dt == 0.05
+    arm = load_model("pendulum")
+    assert load_residual(tmp_path / "one" / "model.npz", arm.robot, arm.tree.revolute, 0.05).members == 2
+    again = loop_of(file, tmp_path / "two").run()
+    other = loop_of(file, tmp_path / "three", seed=1).run()
+    assert [trial.reward for trial in again] == [trial.reward for trial in first] != [trial.reward for trial in other]
+
+
+def test_once_learns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    trials = loop_of(scenario(tmp_path, loop="once", every=None, trials=2), tmp_path / "out").run()
+    assert len(trials) == 3 and calls == [30] and [trial.training > 0 for trial in trials] == [False, True, False]
+
+
+def test_online_learns_while_the_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 10 steps after the first 30: the loop never stops, and each model's planner goes on from the one before."""
+    calls = counted(monkeypatch)
+    loop, seen = loop_of(scenario(tmp_path, every=10, trials=1, duration=3.05), tmp_path / "out"), []
+    plan = loop._plan
+
+    def watched(request: PlanRequest) -> Any:
+        made = plan(request)
+        seen.append((made.seq, loop.controller))
+        return made
+
+    loop._plan = watched  # type: ignore[method-assign]
+    (trial,) = loop.run()
+    assert calls == [29, 39, 49, 59] and trial.failures == 0 and len(trial.rewards) == 60
+    assert [seq for seq, _ in seen] == [0] * 30 + list(range(1, 32))
+    assert len({id(controller) for _, controller in seen[30:]}) == 4 and all(controller is None for _, controller in seen[:30])
+    log = read_log(tmp_path / "out" / "trial-01" / "log.csv")
+    assert len(log.data) == 61 and np.allclose(np.diff(log["t"]), 0.05) and not log["holding"].any()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, fail: tuple[int, ...] = ()) -> list[int]:
+    """Note how many transitions each training had; let those numbered in ``fail`` fail half way."""
+    from mbctrl.learning.fit import _Search
+
+    calls: list[int] = []
+    usual, train = Loop._fit, _Search._train
+
+    def noted(self: Loop, every: Any) -> None:
+        calls.append(len(every))
+        usual(self, every)
+
+    def stumble(self: Any, *rest: Any) -> Any:
+        if len(calls) in fail:
+            raise LearningError("the loss is no number any more after epoch 3; a smaller learning_rate may help")
+        return train(self, *rest)
+
+    monkeypatch.setattr(Loop, "_fit", noted)
+    monkeypatch.setattr(_Search, "_train", stumble)
+    return calls
+
+
+def test_a_training_that_fails_leaves_the_last_good_model_in_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, fail=(2, 3))
+    loop = loop_of(scenario(tmp_path, every=10, trials=1, duration=3.05), tmp_path / "out")
+    models, learn = [], loop.learn
+
+    def watched(more: Any = None) -> None:
+        learn(more)
+        models.append((loop.path.read_bytes(), loop.controller))
+
+    loop.learn = watched  # type: ignore[method-assign]
+    (trial,) = loop.run()
+    assert len(calls) == 4 and trial.failures == 2 and len(trial.rewards) == 60
+    assert models[0] == models[1] == models[2] and models[3][0] != models[0][0] and models[3][1] is not models[0][1]
+
+
+def test_a_first_training_that_fails_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted(monkeypatch, fail=(1,))
+    loop = loop_of(scenario(tmp_path, loop="aggregate", every=None), tmp_path / "out")
+    with pytest.raises(LearningError, match="no number any more"):
+        loop.run()
+    assert len(read_transitions(tmp_path / "out" / "transitions.parquet")) == 30 and not loop.path.exists()
+
+
+def test_the_verb_leaves_a_model_data_a_figure_and_one_screen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = scenario(tmp_path, loop="aggregate", every=None, trials=2)
+    out = tmp_path / "out"
+    assert main(["learn", str(file), "--out", str(out), "--seed", "2", "--planner.samples", "24"]) == 0
+    said = capsys.readouterr().out
+    assert "small, seed 2" in said and "random commands: return" in said
+    assert re.search(r"2 +70 +-?\d+\.\d", said) and f"wrote {out}" in said.replace("\n", "")
+    assert {path.name for path in out.iterdir()} == {
+        "model.npz",
+        "transitions.parquet",
+        "learning.png",
+        "trial-00",
+        "trial-01",
+        "trial-02",
+    }
+    assert (out / "learning.png").read_bytes()[:4] == b"\x89PNG"
+    assert "samples: 24" in (out / "trial-02" / "config.yaml").read_text()
+    assert main(["learn", str(file), "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
+    run = ["run", str(file), "--lockstep", "--dynamics.residual", str(out / "model.npz"), "--out", str(tmp_path / "run")]
+    assert main([*run, "--record.no-video", "--record.no-plots", "--planner.risk.kind", "worst"]) == 0
+
+
+def test_trials_say_what_failed() -> None:
+    from mbctrl.cli.loops import _line
+
+    assert (
+        _line(Trial(3, 10, 5.25, np.zeros(2), 0.1, 1.0, 2)) == "trial 3: return 5.2, 2 trainings failed: the last good model stayed"
+    )
+    assert _line(Trial(0, 0, -1.0, np.zeros(2), 0.0, 0.0, 0)) == "random commands: return -1.0"
