@@ -170,6 +170,7 @@ class PlanRequest:
         target: a tool pose that overrides the goal's, as position (3,) and rotation (3, 3) or None, or None.
         obstacles: position and velocity of each obstacle at ``stamp``.
         fan: how many sampled tool paths to send back, for display.
+        payload: (10,) what the arm carries, by mass, first and second moments in the frame of its tool's link; None: nothing.
     """
 
     stamp: float
@@ -181,3 +182,4 @@ class PlanRequest:
     target: tuple[np.ndarray, np.ndarray | None] | None = None
     obstacles: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     fan: int = 0
+    payload: np.ndarray | None = None

@@ -26,8 +26,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mbctrl.calibrate.body import carrier, compose, weld
+from mbctrl.calibrate.body import carrier
 from mbctrl.calibrate.signals import CalibrationError
+from mbctrl.dynamics.body import compose, weld
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters
 from mbctrl.dynamics.tree import RigidTree
 
@@ -68,6 +69,7 @@ class Estimate:
         mass: [kg].
         com: (3,) [m] in the carrying link's frame; zeros while there is no mass.
         mass_error: [kg] standard error, for noise alone: what a model lacks (joint elasticity, friction's own ways) is not in it.
+        payload_covariance: (4, 4) of mass [kg] and mass times centre of mass [kg·m], likewise.
         friction: (n, 3) Coulomb [N·m], viscous [N·m·s/rad] and offset [N·m].
         friction_error: (n, 3) their standard errors.
         fresh: whether this sample changed the estimate.
@@ -80,6 +82,7 @@ class Estimate:
     mass: float
     com: np.ndarray
     mass_error: float
+    payload_covariance: np.ndarray
     friction: np.ndarray
     friction_error: np.ndarray
     fresh: bool
@@ -259,10 +262,11 @@ class OnlineEstimator:
         return self._shown[1:4] / self._shown[0] if self._shown[0] > 1e-6 else np.zeros(3)
 
     def _estimate(self, t: float, fresh: bool, rejected: tuple[str, ...]) -> Estimate:
-        error = np.sqrt(np.diag(np.linalg.inv(self._information)))
+        covariance = np.linalg.inv(self._information)
+        error, own = np.sqrt(np.diag(covariance)), covariance[:4, :4].copy()
         friction, mass = self._shown[4:].reshape(-1, 3).copy(), float(self._shown[0])
         joint = self.tree.joints[self.link]
-        return Estimate(t, joint, mass, self._com(), float(error[0]), friction, error[4:].reshape(-1, 3), fresh, rejected)
+        return Estimate(t, joint, mass, self._com(), float(error[0]), own, friction, error[4:].reshape(-1, 3), fresh, rejected)
 
 
 class _Filter:

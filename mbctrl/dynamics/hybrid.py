@@ -92,6 +92,12 @@ class HybridDynamics:
         other.__dict__ = {**self.__dict__, "base": self.base.with_dt(dt), "dt": dt}
         return other
 
+    def carrying(self, body: np.ndarray) -> HybridDynamics:
+        """Return the same arm with a payload that its physics knows; see ``RigidBodyDynamics.carrying``."""
+        other = object.__new__(HybridDynamics)
+        other.__dict__ = {**self.__dict__, "base": self.base.carrying(body)}
+        return other
+
     def _before_last(self, x: Tensor, u: Tensor) -> Tensor:
         """Return what the last layer takes in, (E, values, N); (1, inputs, N) where it is the first."""
         y, activation = self._encode(x, u), ACTIVATIONS[self.residual.activation]

@@ -42,7 +42,7 @@ def traced_residual(hybrid: HybridDynamics) -> TracedResidual:
 
 def kernel_dynamics(dynamics: RigidBodyDynamics, engine: CpuEngine, residual: TracedResidual | None = None) -> KernelDynamics:
     """Return the arm's compiled rollouts; the engine's precision is theirs."""
-    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual, contact=dynamics.contact)
+    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual, contact=dynamics.contact, payload=dynamics.carrier)
     return KernelDynamics(traced, dynamics.dt, engine, None if residual is None else residual.weights)
 
 
@@ -87,7 +87,7 @@ def kernel_search(
 
     def traced(goal: Goal) -> Traced:
         arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
-        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact)
+        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact, dynamics.carrier)
 
     return KernelSearch(
         traced,
