@@ -63,7 +63,8 @@ class KernelDynamics:
         if horizon == 0:
             states[0] = start
         else:
-            given = {"start": start, "commands": commands, "uniform": self._engine.array([self.dt, *self._payload]), "states": states}
+            uniform = self._engine.array([self.dt, *self._payload])
+            given = {"start": start, "commands": commands, "uniform": uniform, "states": states}
             given |= self._weights
             self._engine.run(self._code, given, samples=width, steps=horizon, fixed=0, seed=0, draw=0)
         found = states[:, :, :samples]
