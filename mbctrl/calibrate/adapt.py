@@ -23,7 +23,8 @@ class Adapter:
     """
 
     def __init__(self, tree: RigidTree, link: int, spec: AdaptSpec) -> None:
-        self._estimator = OnlineEstimator(tree, OnlineSettings(payload_memory=spec.memory), joint=tree.joints[link])
+        settings = OnlineSettings(payload_memory=spec.memory, still=True)  # a controlled arm has its brakes off
+        self._estimator = OnlineEstimator(tree, settings, joint=tree.joints[link])
         self._least = spec.errors**2
         self.payload = np.zeros(10)
         self.estimate: Estimate | None = None

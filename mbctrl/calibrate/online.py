@@ -50,7 +50,8 @@ class OnlineSettings:
     mass_limit: float = 50.0  # [kg] estimates stay within 0 and this
     reach_limit: float = 1.0  # [m] half the box the centre of mass lies in
     friction_limit: tuple[float, float, float] = (100.0, 200.0, 50.0)  # as spreads
-    slowest: float = 0.05  # [rad/s] a joint slower says nothing
+    slowest: float = 0.05  # [rad/s] a joint slower stands still
+    still: bool = False  # joints that stand still count, friction unknown up to its size: where no brake may hold them
     smooth: float = 0.01  # [rad/s] over which friction turns
     fastest: float | tuple[float, ...] = 20.0  # [rad/s] samples beyond are not real
     strongest: float | tuple[float, ...] = 1000.0  # [N·m] likewise
@@ -158,7 +159,7 @@ class OnlineEstimator:
         rows, _ = self._second.step(np.column_stack([columns, left, smooth[4]]), dt, restart)
         self._since = 0.0 if restart else self._since + dt
         # Brakes stop an arm faster than the filters: a joint moves where it did and still does.
-        moves = np.minimum(np.abs(smooth[1]), np.abs(v)) > self.settings.slowest
+        moves = self.settings.still | (np.minimum(np.abs(smooth[1]), np.abs(v)) > self.settings.slowest)
         # Three time constants of two filters of second order: what they began with is forgotten.
         if self._since < 2.0 / self.settings.cutoff or not moves.any():
             return self._estimate(t, False, ())
