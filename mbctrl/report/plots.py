@@ -182,7 +182,7 @@ def _side_panels(log: Log, plans: Log) -> list[Panel]:
         rows.append((1.0, 1, lambda axes: _draw_clearance(axes[0], log)))
     if _finite(log, "contact.force"):
         rows.append((1.0, 1, lambda axes: _draw_force(axes[0], log)))
-    if "payload" in log:
+    if _finite(log, "payload"):
         rows.append((1.0, 1, lambda axes: _draw_payload(axes[0], log)))
     if _finite(plans, "latency"):
         rows.append((1.0, 1, lambda axes: _draw_latency(axes[0], plans)))
