@@ -13,6 +13,7 @@ import pytest
 import torch
 from sample_models import FREE, model_of
 from simulated_logs import BODY, arm, motion, torque
+from test_hybrid import residual_of, states
 
 from mbctrl.base.config import AdaptSpec, PayloadSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import ModelError, SpecError
@@ -25,12 +26,13 @@ from mbctrl.calibrate.online import OnlineEstimator, OnlineSettings
 from mbctrl.cli.build import check_goal, load_run_model
 from mbctrl.cli.session import Session
 from mbctrl.dynamics.body import compose, weld
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import load_model, parse_model
 from mbctrl.dynamics.reference import ReferenceDynamics
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.export.planner import refuse
 from mbctrl.kernels.native import shared_pool
-from mbctrl.planning.compiled import kernel_dynamics
+from mbctrl.planning.compiled import kernel_dynamics, traced_residual
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.engines import CpuEngine
 from mbctrl.planning.rules.base import Distribution
@@ -39,6 +41,7 @@ from mbctrl.runtime.clock import LockstepClock
 from mbctrl.runtime.driver import JointCommand
 from mbctrl.sim.driver import SimDriver
 from mbctrl.sim.payload import Grip
+from mbctrl.tasks.distance import capsule_obstacle
 
 F64 = torch.float64
 BALL = PayloadSpec(mass=2.0, com=(0.03, -0.02, 0.06), radius=0.05, at=(0.5, 1.0))
@@ -170,6 +173,20 @@ def test_compiled_rollouts_carry_it_as_torch_does(name: str, integrator: str) ->
     assert max(errors.values()) < 1e-9 and (expected - nothing).abs().max() > 1e-3
 
 
+def test_physics_under_a_residual_carry_it_too() -> None:
+    model = load_model("panda")
+    tool, settings = model.tree.frames[model.robot.tool], {"gravity_compensation": True, "dtype": F64}
+    base = RigidBodyDynamics(model.tree, 0.02, carrier=tool.link, **settings)
+    hybrid = HybridDynamics(base, residual_of(model), tool, capsule_obstacle)
+    kernel = kernel_dynamics(base, CpuEngine(shared_pool(1), np.float64), traced_residual(hybrid))
+    x, u = states(model, 32), torch.tensor(np.random.default_rng(0).uniform(-9, 9, (6, 7, 32)))
+    expected = hybrid.carrying(BODY).rollout(x, u)
+    error = float((kernel.carrying(BODY).rollout(x, u) - expected).abs().max())
+    print(f"{error:.1e}")
+    assert error < 1e-7 < 1e-3 < (hybrid.rollout(x, u) - expected).abs().max()
+    assert (base.carrying(BODY).rollout(x, u) - expected).abs().max() > 1e-4  # and the residual is there
+
+
 def changed(**changes: Any) -> tuple[RunConfig, Path]:
     config, file = load_run(SCENARIO)
     return validate(RunConfig, merged(config.model_dump(), merged({"dynamics": {"threads": 1}}, changes))), file
@@ -200,9 +217,9 @@ def test_every_backend_plans_with_the_payload() -> None:
         found[backend] = [costs(planner, body) for body in (None, np.zeros(10), BODY)]
     for kind in found.values():
         assert all(np.array_equal(a, b) for a, b in zip(kind[0], kind[1]))
-    for (cost, states), (other, rolled) in zip(found["kernel"], found["torch"]):
+    for (cost, path), (other, rolled) in zip(found["kernel"], found["torch"]):
         assert np.abs(cost / other - 1).max() < 2e-3, np.abs(cost / other - 1).max()
-        assert np.abs(states - rolled).max() < 1e-4
+        assert np.abs(path - rolled).max() < 1e-4
     assert np.abs(found["kernel"][2][0] / found["kernel"][0][0] - 1).max() > 0.05
 
 
@@ -253,6 +270,18 @@ def test_samples_that_come_faster_are_left() -> None:
         if k % kept == 0:
             some.update(float(t[k]), q[k], v[k], tau[k])
     assert every.estimate.mass == some.estimate.mass and every.estimate.mass_error == some.estimate.mass_error < 3.0
+
+
+def test_no_more_is_believed_than_could_be() -> None:
+    """Something pulls the tool down with 400 N."""
+    tree = arm("panda")
+    t, q, v, a = motion("panda", 2.0, 200.0, 1)
+    tau = torque(weld(tree, 6, compose(40.0, BODY[1:4] / 2, np.zeros((3, 3)))), q, v, a)
+    most = []
+    for heaviest in (3.0, 50.0):
+        adapter = Adapter(tree, 6, AdaptSpec(heaviest=heaviest))
+        most.append(max(adapter.payload[0] for k in range(len(t)) if adapter.update(float(t[k]), q[k], v[k], tau[k])))
+    assert most[0] <= 3.0 and most[1] > 30.0, most
 
 
 @pytest.mark.parametrize("still", [True, False])

@@ -155,10 +155,14 @@ class BackendSpec(Spec):
 
 
 class AdaptSpec(Spec):
-    """What the tool carries is estimated while the arm moves, and the planner's model carries it, too."""
+    """What the tool carries is estimated while the arm moves, and the planner's model carries it, too.
+
+    Whatever else pushes the arm is weighed as if it were a payload, up to ``heaviest``.
+    """
 
     memory: Positive = 1.5  # [s] in which the estimate forgets
     errors: Positive = 3.0  # standard errors it has moved by before the model changes
+    heaviest: Positive = 10.0  # [kg]
 
 
 class RecordSpec(Spec):

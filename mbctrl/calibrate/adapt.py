@@ -23,7 +23,8 @@ class Adapter:
     """
 
     def __init__(self, tree: RigidTree, link: int, spec: AdaptSpec) -> None:
-        settings = OnlineSettings(payload_memory=spec.memory, still=True)  # a controlled arm has its brakes off
+        most = {"mass_limit": spec.heaviest, "payload_memory": spec.memory}
+        settings = OnlineSettings(still=True, **most)  # a controlled arm has its brakes off
         self._estimator = OnlineEstimator(tree, settings, joint=tree.joints[link])
         self._least = spec.errors**2
         self.payload = np.zeros(10)

@@ -1,7 +1,8 @@
 """Payload and friction estimated while the arm moves, for a controller that adapts its model.
 
-The seam: whoever reads the robot calls ``update`` with every sample, outside the control loop's hot path, and hands
-``estimate.tree(tree)`` to whatever plans, when ``estimate.fresh`` and the mass has moved by more than a few ``mass_error``:
+The seam (``mbctrl.calibrate.adapt`` is its use in a run): whoever reads the robot calls ``update`` with every sample, outside
+the control loop's hot path, and hands ``estimate.tree(tree)`` to whatever plans, when ``estimate.fresh`` and the mass has moved
+by more than a few ``mass_error``:
 
     adapter = OnlineEstimator(tree)
     estimate = adapter.update(t, q, v, effort)         # every sample, well under a millisecond
@@ -16,7 +17,8 @@ The update is recursive least squares in information form, L <- F L F + (1 - F²
 (payload fast, friction slow; Parkum, Poulsen and Holst, "Recursive forgetting algorithms", 1992) towards the prior's
 information L0 (Salgado, Goodwin and Middleton, "Modified least squares algorithm incorporating exponential resetting and
 forgetting", 1988), centred on the present estimate: the covariance never exceeds the prior's, whatever is or is not excited.
-A joint that hardly moves says nothing, its friction may be anything, and where no joint moves nothing is forgotten.
+A joint that hardly moves says nothing, a brake may hold it, and where no joint moves nothing is forgotten; unless ``still``
+says that there are no brakes: its friction may then be anything up to its own size.
 """
 
 from __future__ import annotations
