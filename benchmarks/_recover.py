@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mbctrl.base.parameters import load_parameters, write_parameters
-from mbctrl.calibrate.body import compose, weld
 from mbctrl.calibrate.excite import ExciteSettings, excite
 from mbctrl.calibrate.friction import Friction
 from mbctrl.calibrate.identify import Identification
@@ -19,6 +18,7 @@ from mbctrl.calibrate.recipe import FilterSpec, FitSpec, FrictionSpec
 from mbctrl.calibrate.recording import Recording
 from mbctrl.calibrate.result import fitted_parameters
 from mbctrl.calibrate.signals import prepare
+from mbctrl.dynamics.body import compose, weld
 from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters, with_links
 from mbctrl.dynamics.tree import RigidTree

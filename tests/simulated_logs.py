@@ -7,8 +7,8 @@ from functools import cache
 
 import numpy as np
 
-from mbctrl.calibrate.body import compose
 from mbctrl.calibrate.recording import Recording
+from mbctrl.dynamics.body import compose
 from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.reference import ReferenceDynamics
 from mbctrl.dynamics.tree import RigidTree

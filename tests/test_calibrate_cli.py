@@ -10,8 +10,8 @@ import pytest
 from simulated_logs import arm, motion, torque
 
 from mbctrl.base.parameters import load_parameters
-from mbctrl.calibrate.body import compose, weld
 from mbctrl.cli.main import main
+from mbctrl.dynamics.body import compose, weld
 from mbctrl.dynamics.load import load_model
 
 RECIPE = """\

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from simulated_logs import BODY, QUANTUM, arm, motion, torque
 
-from mbctrl.calibrate.body import weld
 from mbctrl.calibrate.online import Estimate, OnlineEstimator, OnlineSettings, _Filter
 from mbctrl.calibrate.signals import CalibrationError
+from mbctrl.dynamics.body import weld
 from mbctrl.dynamics.reference import ReferenceDynamics
 
 RATE = 200.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from simulated_logs import BODY, arm, recording
 
-from mbctrl.calibrate.body import compose, decompose, seen_from, weld
+from mbctrl.calibrate.body import seen_from
 from mbctrl.calibrate.friction import Friction
 from mbctrl.calibrate.gains import drive_gains
 from mbctrl.calibrate.inertia import feasible
@@ -18,6 +18,7 @@ from mbctrl.calibrate.payload import PLAIN, arm_parameters, identify_payload, pa
 from mbctrl.calibrate.recipe import FilterSpec
 from mbctrl.calibrate.recording import Recording
 from mbctrl.calibrate.signals import CalibrationError, Signals, prepare
+from mbctrl.dynamics.body import compose, decompose, weld
 from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters
 

@@ -63,6 +63,8 @@ def make_log(samples: int = 101, extras: bool = True) -> Log:
         columns["error.rotation", "rad"] = np.full(samples, np.nan) if samples < 3 else np.exp(-t)
         columns["clearance", "m"] = 0.1 - 0.12 * np.sin(3 * t)
         columns["reward", "1"] = np.full(samples, np.nan)
+        columns["payload.carried", "kg"] = 2.0 * (t > 0.6)
+        columns |= {(f"payload.{name}", "kg"): 0.1 + 1.9 * (t > 0.7) for name in ("estimate", "error", "planned")}
         columns["gate.clamped", "1"] = (t > 0.9).astype(float)
     return Log({}, dict(columns.keys()), np.stack(list(columns.values()), axis=1))
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive, Vector
-from mbctrl.base.scene import BackendGoal, Goal, Obstacle
+from mbctrl.base.scene import BackendGoal, Goal, Obstacle, Point
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -143,6 +143,28 @@ class RobotSpec(Spec):
         return {"name": data} if isinstance(data, str) else data
 
 
+class PayloadSpec(Spec):
+    """A solid ball in the simulated tool's grip, of which neither the planner nor the arm's own gravity torque is told.
+
+    ``com`` is its centre in the tool's frame; ``at`` are the times it is picked up, put down, picked up again and so on.
+    """
+
+    mass: Positive  # [kg]
+    com: Point = (0.0, 0.0, 0.0)  # [m]
+    radius: NonNegative = 0.0  # [m]; 0: a point
+    at: tuple[Positive, ...] = Field(min_length=1)  # [s]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PayloadSpec:
+        if any(later <= earlier for earlier, later in zip(self.at, self.at[1:])):
+            raise ValueError(f"at: expected increasing times, found {list(self.at)}")
+        return self
+
+    def carried(self, t: float) -> bool:
+        """Return whether the tool has it at time ``t`` [s]."""
+        return sum(t >= change - 1e-9 for change in self.at) % 2 == 1
+
+
 class BackendSpec(Spec):
     """What moves: ``mujoco`` simulates the robot's own model; ``dm_control`` runs the suite's ``task`` (DOMAIN-TASK).
 
@@ -153,6 +175,18 @@ class BackendSpec(Spec):
     task: str | None = None
     parameters: str | None = None
     start_noise: NonNegative = 0.0  # [rad], uniform, around home
+    payload: PayloadSpec | None = None
+
+
+class AdaptSpec(Spec):
+    """What the tool carries is estimated while the arm moves, and the planner's model carries it, too.
+
+    Whatever else pushes the arm is weighed as if it were a payload, up to ``heaviest``.
+    """
+
+    memory: Positive = 1.5  # [s] in which the estimate forgets
+    errors: Positive = 3.0  # standard errors it has moved by before the model changes
+    heaviest: Positive = 10.0  # [kg]
 
 
 class RecordSpec(Spec):
@@ -169,6 +203,7 @@ class RunConfig(Controller):
     goal: Goal = BackendGoal(kind="backend")
     obstacles: tuple[Obstacle, ...] = ()
     backend: BackendSpec = BackendSpec()
+    adapt: AdaptSpec | None = None
     record: RecordSpec = RecordSpec()
     duration: Positive  # [s]
     stop_when_done: bool = False  # end once every target was reached

@@ -170,6 +170,8 @@ class PlanRequest:
         target: a tool pose that overrides the goal's, as position (3,) and rotation (3, 3) or None, or None.
         obstacles: position and velocity of each obstacle at ``stamp``.
         fan: how many sampled tool paths to send back, for display.
+        payload: (10,) what the arm carries in the frame of its tool's link: mass [kg], mass times centre of mass [kg·m] and
+            inertia xx, xy, yy, xz, yz, zz about the frame's origin [kg·m²]; None: nothing.
     """
 
     stamp: float
@@ -181,3 +183,4 @@ class PlanRequest:
     target: tuple[np.ndarray, np.ndarray | None] | None = None
     obstacles: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     fan: int = 0
+    payload: np.ndarray | None = None

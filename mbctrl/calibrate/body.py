@@ -1,28 +1,12 @@
-"""One rigid body: its ten parameters, mass and centre of mass, other frames, and welding it to a link."""
+"""One rigid body seen from other frames, and the link that carries one; its ten parameters: ``mbctrl.dynamics.body``."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 
 from mbctrl.calibrate.inertia import parameters, pseudo_inertia
 from mbctrl.calibrate.signals import CalibrationError
 from mbctrl.dynamics.tree import RigidTree
-
-
-def compose(mass: float, com: np.ndarray, inertia: np.ndarray) -> np.ndarray:
-    """Return the ten parameters of a body of ``mass`` [kg] with ``inertia`` (3, 3) [kg·m²] about its centre ``com`` (3,) [m]."""
-    full = inertia + mass * (com @ com * np.eye(3) - np.outer(com, com))
-    return np.array([mass, *(mass * com), full[0, 0], full[0, 1], full[1, 1], full[0, 2], full[1, 2], full[2, 2]])
-
-
-def decompose(body: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return mass [kg], centre of mass (3,) [m] and inertia (3, 3) [kg·m²] about it of ten parameters; mass must not be 0."""
-    mass, com = float(body[0]), body[1:4] / body[0]
-    xx, xy, yy, xz, yz, zz = body[4:]
-    full = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
-    return mass, com, full - mass * (com @ com * np.eye(3) - np.outer(com, com))
 
 
 def seen_from(body: np.ndarray, rotation: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -55,14 +39,3 @@ def carrier(tree: RigidTree, joint: str | None, frame: str | None) -> tuple[int,
         owner = tree.joints[place.link] if place.link >= 0 else "the world"
         raise CalibrationError(f"the frame moves with {owner}, the body with {tree.joints[link]}", key=frame)
     return link, place.rotation, place.position
-
-
-def weld(tree: RigidTree, link: int, body: np.ndarray) -> RigidTree:
-    """Return the tree with a body of ten parameters, in the link's frame, welded to ``link``."""
-    own = compose(float(tree.mass[link]), tree.com[link], tree.inertia[link])
-    total = own + body
-    if not total[0] > 0:
-        return tree
-    mass, com, inertia = tree.mass.copy(), tree.com.copy(), tree.inertia.copy()
-    mass[link], com[link], inertia[link] = decompose(total)
-    return replace(tree, mass=mass, com=com, inertia=inertia)

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbctrl.calibrate.body import carrier, decompose, seen_from
+from mbctrl.calibrate.body import carrier, seen_from
 from mbctrl.calibrate.friction import Friction
 from mbctrl.calibrate.payload import PLAIN, RICH
 from mbctrl.calibrate.regression import Grams, grams
 from mbctrl.calibrate.signals import CalibrationError, Signals
 from mbctrl.calibrate.stacked import TEN, inverse, stack
+from mbctrl.dynamics.body import decompose
 from mbctrl.dynamics.reference import ReferenceDynamics
 from mbctrl.dynamics.tree import RigidTree
 

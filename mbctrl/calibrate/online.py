@@ -1,7 +1,8 @@
 """Payload and friction estimated while the arm moves, for a controller that adapts its model.
 
-The seam: whoever reads the robot calls ``update`` with every sample, outside the control loop's hot path, and hands
-``estimate.tree(tree)`` to whatever plans, when ``estimate.fresh`` and the mass has moved by more than a few ``mass_error``:
+The seam (``mbctrl.calibrate.adapt`` is its use in a run): whoever reads the robot calls ``update`` with every sample, outside
+the control loop's hot path, and hands ``estimate.tree(tree)`` to whatever plans, when ``estimate.fresh`` and the mass has moved
+by more than a few ``mass_error``:
 
     adapter = OnlineEstimator(tree)
     estimate = adapter.update(t, q, v, effort)         # every sample, well under a millisecond
@@ -16,7 +17,8 @@ The update is recursive least squares in information form, L <- F L F + (1 - F²
 (payload fast, friction slow; Parkum, Poulsen and Holst, "Recursive forgetting algorithms", 1992) towards the prior's
 information L0 (Salgado, Goodwin and Middleton, "Modified least squares algorithm incorporating exponential resetting and
 forgetting", 1988), centred on the present estimate: the covariance never exceeds the prior's, whatever is or is not excited.
-A joint that hardly moves says nothing, its friction may be anything, and where no joint moves nothing is forgotten.
+A joint that hardly moves says nothing, a brake may hold it, and where no joint moves nothing is forgotten; unless ``still``
+says that there are no brakes: its friction may then be anything up to its own size.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mbctrl.calibrate.body import carrier, compose, weld
+from mbctrl.calibrate.body import carrier
 from mbctrl.calibrate.signals import CalibrationError
+from mbctrl.dynamics.body import compose, weld
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters
 from mbctrl.dynamics.tree import RigidTree
 
@@ -49,7 +52,8 @@ class OnlineSettings:
     mass_limit: float = 50.0  # [kg] estimates stay within 0 and this
     reach_limit: float = 1.0  # [m] half the box the centre of mass lies in
     friction_limit: tuple[float, float, float] = (100.0, 200.0, 50.0)  # as spreads
-    slowest: float = 0.05  # [rad/s] a joint slower says nothing
+    slowest: float = 0.05  # [rad/s] a joint slower stands still
+    still: bool = False  # joints that stand still count, friction unknown up to its size: where no brake may hold them
     smooth: float = 0.01  # [rad/s] over which friction turns
     fastest: float | tuple[float, ...] = 20.0  # [rad/s] samples beyond are not real
     strongest: float | tuple[float, ...] = 1000.0  # [N·m] likewise
@@ -68,6 +72,7 @@ class Estimate:
         mass: [kg].
         com: (3,) [m] in the carrying link's frame; zeros while there is no mass.
         mass_error: [kg] standard error, for noise alone: what a model lacks (joint elasticity, friction's own ways) is not in it.
+        payload_covariance: (4, 4) of mass [kg] and mass times centre of mass [kg·m], likewise.
         friction: (n, 3) Coulomb [N·m], viscous [N·m·s/rad] and offset [N·m].
         friction_error: (n, 3) their standard errors.
         fresh: whether this sample changed the estimate.
@@ -80,6 +85,7 @@ class Estimate:
     mass: float
     com: np.ndarray
     mass_error: float
+    payload_covariance: np.ndarray
     friction: np.ndarray
     friction_error: np.ndarray
     fresh: bool
@@ -155,7 +161,7 @@ class OnlineEstimator:
         rows, _ = self._second.step(np.column_stack([columns, left, smooth[4]]), dt, restart)
         self._since = 0.0 if restart else self._since + dt
         # Brakes stop an arm faster than the filters: a joint moves where it did and still does.
-        moves = np.minimum(np.abs(smooth[1]), np.abs(v)) > self.settings.slowest
+        moves = self.settings.still | (np.minimum(np.abs(smooth[1]), np.abs(v)) > self.settings.slowest)
         # Three time constants of two filters of second order: what they began with is forgotten.
         if self._since < 2.0 / self.settings.cutoff or not moves.any():
             return self._estimate(t, False, ())
@@ -259,10 +265,11 @@ class OnlineEstimator:
         return self._shown[1:4] / self._shown[0] if self._shown[0] > 1e-6 else np.zeros(3)
 
     def _estimate(self, t: float, fresh: bool, rejected: tuple[str, ...]) -> Estimate:
-        error = np.sqrt(np.diag(np.linalg.inv(self._information)))
+        covariance = np.linalg.inv(self._information)
+        error, own = np.sqrt(np.diag(covariance)), covariance[:4, :4].copy()
         friction, mass = self._shown[4:].reshape(-1, 3).copy(), float(self._shown[0])
         joint = self.tree.joints[self.link]
-        return Estimate(t, joint, mass, self._com(), float(error[0]), friction, error[4:].reshape(-1, 3), fresh, rejected)
+        return Estimate(t, joint, mass, self._com(), float(error[0]), own, friction, error[4:].reshape(-1, 3), fresh, rejected)
 
 
 class _Filter:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbctrl.calibrate.body import carrier, compose, decompose, seen_from, weld
+from mbctrl.calibrate.body import carrier, seen_from
 from mbctrl.calibrate.feasible import descend
 from mbctrl.calibrate.friction import Friction
 from mbctrl.calibrate.regression import Columns, Grams, Regression, bootstrap, grams, weighted
 from mbctrl.calibrate.signals import CalibrationError, Signals
 from mbctrl.calibrate.stacked import TEN, blind, reduced, stack, summed
+from mbctrl.dynamics.body import compose, decompose, weld
 from mbctrl.dynamics.reference import ReferenceDynamics, link_parameters
 from mbctrl.dynamics.tree import RigidTree
 

@@ -57,6 +57,8 @@ def check_goal(config: RunConfig, model: Model, file: Path) -> None:
         raise SpecError("missing; expected DOMAIN-TASK", file=file, key="backend.task")
     if config.backend.kind == "dm_control" and config.backend.parameters is not None:
         raise SpecError("a dm_control task has the suite's own physics", file=file, key="backend.parameters")
+    if config.backend.kind == "dm_control" and config.backend.payload is not None:
+        raise SpecError("a dm_control task has the suite's own physics", file=file, key="backend.payload")
     if goal.kind == "backend" and config.backend.kind != "dm_control":
         raise SpecError("the mujoco backend brings no goal of its own", file=file, key="goal.kind")
     for key in ("feedback_stiffness", "feedback_damping"):

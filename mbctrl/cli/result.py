@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mbctrl.base.config import RunConfig
 from mbctrl.base.scene import JointGoal
+from mbctrl.report.payload import SPAN, Change
 from mbctrl.report.summary import Summary
 
 
@@ -71,9 +72,21 @@ def _goal_rows(config: RunConfig, summary: Summary) -> list[tuple[str, str]]:
         rows.append(("peak force at touch", f"{summary.force_peak:.1f} N, at {summary.touched:.2f} s"))
     if np.isfinite(summary.force_rms):
         rows.append(("force error", f"RMS {summary.force_rms:.2f} N after the first lap"))
+    for change in summary.payload:
+        rows.append((f"{'picked up' if change.mass else 'put down'} at {change.t:.2f} s", _payload(change)))
+    if np.isfinite(summary.carried):
+        rows.append(("payload planned with", f"{summary.carried:.2f} kg at the end"))
     if np.isfinite(summary.clearance):
         rows.append(("least clearance", _mark(f"{summary.clearance * 1e3:.0f} mm", summary.clearance < 0)))
     return rows
+
+
+def _payload(change: Change) -> str:
+    """Return what picking up or putting down did to the tool."""
+    figures = (change.before, change.peak, change.after)
+    before, peak, after = (f"{figure * 1e3:.1f}" if np.isfinite(figure) else "?" for figure in figures)
+    back = f"back in {change.recovery:.2f} s" if np.isfinite(change.recovery) else "not back"
+    return _mark(f"error RMS {before} mm before, {peak} mm at most, {after} mm after 2 s; {back}", not change.recovery <= SPAN)
 
 
 def _advice(summary: Summary) -> str:

@@ -23,6 +23,7 @@ from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
+from mbctrl.calibrate.adapt import Adapter
 from mbctrl.cli.build import build_controller, check_goal, load_run_model, load_truth
 from mbctrl.cli.process import ProcessPort
 from mbctrl.dynamics.load import Model
@@ -89,6 +90,8 @@ class Session:
         else:
             build_controller(config, file, self.model)  # a bad setting is refused here, before a process starts
             self.port = ProcessPort(config, file)
+        tree, link = self.model.tree, self.model.tree.frames[self.robot.tool].link
+        self.adapter = None if config.adapt is None else Adapter(tree, link, config.adapt)
         self._touches = isinstance(self.driver, SimDriver) and self.model.mj.npair > 0
         self._override: tuple[np.ndarray, np.ndarray | None] | None = None
         self._latency = self._next_watch = 0.0
@@ -144,12 +147,14 @@ class Session:
         limits = self.robot.limits
         start = (np.asarray(self.robot.home) + offset).clip(limits.position_lower, limits.position_upper)
         believed = None if self.truth is self.model else self.model.mj
-        return SimDriver(self.truth.mj, self.robot, self.clock, start, believed)
+        return SimDriver(self.truth.mj, self.robot, self.clock, start, believed, config.backend.payload)
 
     def _request(self, t: float, state: RobotState) -> PlanRequest:
         obstacles = tuple(obstacle.at(t) for obstacle in self.config.obstacles)
         x = np.concatenate([state.q, state.v])
-        return PlanRequest(t, x, goal=self.progress.index, goal_time=t, target=self._override, obstacles=obstacles, fan=self._fan)
+        payload = None if self.adapter is None else self.adapter.payload
+        more = {"target": self._override, "obstacles": obstacles, "fan": self._fan, "payload": payload}
+        return PlanRequest(t, x, goal=self.progress.index, goal_time=t, **more)
 
     def _observe(self, tick: Tick) -> bool:
         state = tick.state
@@ -163,6 +168,10 @@ class Session:
             late = float(tick.latency > 1 / self.config.loop.rate + self.loop.period + 1e-9)
             numbers = (info["cpu"], info["best"], info["ess"], info["nonfinite"])
             self._plans.add((tick.arrived.stamp, tick.arrived.t0, tick.latency, *numbers, late))
+        if self.adapter is not None:
+            effort = np.zeros(self.robot.nq)
+            effort[self.robot.command_index] = state.tau
+            self.adapter.update(tick.t, state.q, state.v, effort)
         self._log.add(self._row(tick, tool, target))
         if self.loop.counts.ticks % _FLUSH == 0:
             self.flush()
@@ -189,6 +198,11 @@ class Session:
         ]
         if self._touches:
             row.append(self.driver.pressed())
+        if self.config.backend.payload is not None:
+            row.append(self.driver.payload)
+        if self.adapter is not None:
+            estimate = self.adapter.estimate
+            row += [estimate.mass, estimate.mass_error, self.adapter.payload[0]]
         return [*row, float(tick.clamped), float(tick.holding)]
 
     def _open_logs(self, folder: Path) -> None:
@@ -199,9 +213,7 @@ class Session:
         for name, model in (("parameters", self.model), ("truth", self.truth)):
             if model.parameters is not None and (name == "parameters" or model is not self.model):
                 write_parameters(folder / f"{name}.yaml", model.parameters)
-        self._log = LogWriter(
-            folder / "log.csv", _columns(self.model, isinstance(self.config.goal, JointGoal), self._touches), header
-        )
+        self._log = LogWriter(folder / "log.csv", _columns(self.model, self.config, self._touches), header)
         self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
 
 
@@ -217,7 +229,10 @@ _PLAN_COLUMNS = [
 ]
 
 
-def _columns(model: Model, joints: bool, touches: bool) -> list[tuple[str, str]]:
+_ADAPT_COLUMNS = [("payload.estimate", "kg"), ("payload.error", "kg"), ("payload.planned", "kg")]
+
+
+def _columns(model: Model, config: RunConfig, touches: bool) -> list[tuple[str, str]]:
     robot, revolute = model.robot, dict(zip(model.tree.joints, model.tree.revolute))
     position = {joint: "rad" if turning else "m" for joint, turning in revolute.items()}
     force = {joint: "N·m" if turning else "N" for joint, turning in revolute.items()}
@@ -232,11 +247,13 @@ def _columns(model: Model, joints: bool, touches: bool) -> list[tuple[str, str]]
         *((f"tcp_quaternion.{part}", "1") for part in "wxyz"),
         *((f"target.{axis}", "m") for axis in "xyz"),
         *((f"target_quaternion.{part}", "1") for part in "wxyz"),
-        ("error.position", "rad" if joints else "m"),
+        ("error.position", "rad" if isinstance(config.goal, JointGoal) else "m"),
         ("error.rotation", "rad"),
         ("clearance", "m"),
         ("reward", "1"),
         *([("contact.force", "N")] if touches else []),
+        *([("payload.carried", "kg")] if config.backend.payload is not None else []),
+        *(_ADAPT_COLUMNS if config.adapt is not None else []),
         ("gate.clamped", "1"),
         ("holding", "1"),
     ]

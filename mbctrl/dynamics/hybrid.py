@@ -59,6 +59,12 @@ class HybridDynamics:
         alone = [self.residual.member(e) for e in range(self.residual.members)]
         return [HybridDynamics(self.base, one, self.tool, self._distance) for one in alone]
 
+    def carrying(self, body: np.ndarray) -> HybridDynamics:
+        """Return the same arm with a payload that its physics knows; see ``RigidBodyDynamics.carrying``."""
+        other = object.__new__(HybridDynamics)
+        other.__dict__ = {**self.__dict__, "base": self.base.carrying(body)}
+        return other
+
     def _before_last(self, inputs: Tensor) -> Tensor:
         """Return what the last layer takes in, (E, values, N); (1, inputs, N) where it is the first."""
         y, activation = inputs, ACTIVATIONS[self.residual.activation]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mbctrl.base.errors import ModelError
 from mbctrl.dynamics.actuation import Impedance, Torque
+from mbctrl.dynamics.body import weld
 from mbctrl.dynamics.contact import Contact
 from mbctrl.dynamics.touch import Touch
 from mbctrl.dynamics.tree import Frame, RigidTree
@@ -34,11 +35,15 @@ class Poses(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The equation of motion ``M a + bias + gravity = tau``: (n, n, N), (n, N), (n, N); bias is without gravity."""
+    """The equation of motion ``M a + bias + gravity = tau``: (n, n, N), (n, N), (n, N); bias is without gravity.
+
+    ``known`` (n, N) is gravity without the payload, what an arm that compensates its weight compensates.
+    """
 
     mass_matrix: Tensor
     bias: Tensor
     gravity: Tensor
+    known: Tensor
 
 
 class RigidBodyDynamics:
@@ -59,6 +64,7 @@ class RigidBodyDynamics:
         integrator: one of INTEGRATORS.
         gravity_compensation: the arm adds its own gravity torque (counted against the limit).
         contact: what may touch; None: nothing does.
+        carrier: the link that may carry a payload, see ``carrying``; None: none may.
         dtype, device: of every tensor; float32 for planning, float64 for reference.
 
     Errors:
@@ -76,13 +82,14 @@ class RigidBodyDynamics:
         gravity_compensation: bool = False,
         integrator: str = "euler",
         contact: Contact | None = None,
+        carrier: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.tree, self.dt, self.actuation, self.compensated = tree, dt, actuation, gravity_compensation
         if integrator not in INTEGRATORS:
             raise ValueError(f"unknown integrator {integrator!r}; known: {', '.join(INTEGRATORS)}")
-        self.integrator, self.contact = integrator, contact
+        self.integrator, self.contact, self.carrier = integrator, contact, carrier
         self.commanded = list(range(tree.n)) if commanded is None else list(commanded)
         self.nq, self.nx, self.nu = tree.n, 2 * tree.n, len(self.commanded)
         self.dtype, self.device = dtype, torch.device(device)
@@ -95,12 +102,11 @@ class RigidBodyDynamics:
 
         # One (4, 3) product turns a parent's rotation into the child's axes and the offset between their origins.
         self._joint = [const(np.vstack([r.T, p])) for r, p in zip(tree.fixed_rotation, tree.fixed_position)]
-        self._second_moment = const(_second_moment_factor(tree))[:, None]
-        self._root_mass = const(np.sqrt(tree.mass))[:, None, None]
         ancestors = tree.ancestors()
         self._ancestors, self._descendants = const(ancestors), const(ancestors.T)
         self._moves, self._strictly = const(ancestors)[:, :, None], const(ancestors - np.eye(tree.n))[:, :, None]
-        self._mass, self._composite_mass = const(tree.mass)[:, None, None], const(ancestors.T @ tree.mass)[:, None, None]
+        self._weigh(tree)
+        self._payload: Tensor | None = None
         self._gravity = const(tree.gravity)[:, None]
         self._revolute = torch.tensor(tree.revolute, device=device)[:, None, None, None]
         self._any_slide = not all(tree.revolute)
@@ -114,6 +120,26 @@ class RigidBodyDynamics:
         self._full = self.commanded == list(range(tree.n))
         self._pick = slice(None) if self._full else self.commanded
         self._on_diagonal = torch.eye(tree.n, dtype=torch.bool, device=device)[:, :, None]
+
+    def _weigh(self, tree: RigidTree) -> None:
+        def const(array: np.ndarray) -> Tensor:
+            return torch.as_tensor(np.ascontiguousarray(array), dtype=self.dtype, device=self.device)[:, None]
+
+        self._second_moment = const(_second_moment_factor(tree))
+        self._root_mass = const(np.sqrt(tree.mass))[..., None]
+        self._mass = const(tree.mass)[..., None]
+        self._composite_mass = const(tree.ancestors().T @ tree.mass)[..., None]
+
+    def carrying(self, body: np.ndarray) -> RigidBodyDynamics:
+        """Return the same arm with a body of ten parameters (``mbctrl.dynamics.body``) welded to its ``carrier``.
+
+        What it compensates of gravity is its own weight still: it is not told.
+        """
+        other = object.__new__(RigidBodyDynamics)
+        other.__dict__ = dict(self.__dict__)
+        other._weigh(weld(self.tree, self.carrier, body))
+        other._payload = torch.as_tensor(body[:4], dtype=self.dtype, device=self.device)
+        return other
 
     def with_dt(self, dt: float) -> RigidBodyDynamics:
         """Return the same arm with another time step [s]; constants are shared."""
@@ -187,7 +213,15 @@ class RigidBodyDynamics:
         flat, loads = axes.flatten(1, 2), composite.flatten(1, 2)
         lower = torch.stack([(flat * load).sum(1) for load in loads]) * self._moves  # [k, j]: joint j moves link k
         matrix = lower + (lower * self._strictly).transpose(0, 1) + self._armature_matrix
-        return Terms(matrix, bias, gravity)
+        known = gravity if self._payload is None else gravity - self._weight(axes, poses)
+        return Terms(matrix, bias, gravity, known)
+
+    def _weight(self, axes: Tensor, poses: Poses) -> Tensor:
+        """Return the payload's part (n, N) of gravity."""
+        mass, link = self._payload[0], self.carrier
+        moment = torch.matmul(self._payload[1:], poses.rotation[link]) + mass * poses.position[link]  # at the world's origin
+        momentum = mass * axes[:, :, 1] + _cross(axes[:, :, :1], moment[None, :, None])[:, :, 0]
+        return -(momentum * self._gravity).sum(1) * self._moves[link]
 
     def screws(self, rotation: Tensor, position: Tensor) -> Tensor:
         """Return each joint's axis as [angular, linear] velocity at the world's origin, (n, 3, 2, N)."""
@@ -243,7 +277,7 @@ class RigidBodyDynamics:
         pick = self._pick
         effort = self.actuation.effort(q[pick], v[pick], u, self.dt)
         torque, servo_drag = effort.torque, effort.drag
-        own = terms.gravity[pick] if self.compensated else torch.zeros_like(torque)
+        own = terms.known[pick] if self.compensated else torch.zeros_like(torque)
         total = torque + own
         if servo_drag is None:
             total = total if self._limit is None else torch.minimum(torch.maximum(total, -self._limit), self._limit)

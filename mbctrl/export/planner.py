@@ -49,6 +49,8 @@ def refuse(controller: MpcController) -> None:
         raise SpecError(f"'{risk}' over rollouts of members is not exported; expected expectation", key="planner.risk.kind")
     if controller.config.dynamics.contact is not None:
         raise SpecError("a contact in the physics is not exported; expected null", key="dynamics.contact")
+    if controller.config.adapt is not None:
+        raise SpecError("a model that adapts is not exported; expected null", key="adapt")
     if controller.config.dynamics.backend == "mujoco":
         raise SpecError("MuJoCo as the model is not exported; expected kernel, torch or auto", key="dynamics.backend")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mbctrl.dynamics.body import inertia_of
 from mbctrl.dynamics.tree import Frame, RigidTree
 from mbctrl.kernels.graph import tidy
 
@@ -36,11 +37,15 @@ class Body:
 
 @dataclass
 class Motion:
-    """What a step needs of the equation of motion M a + bias + gravity = tau: M (n, n), bias and gravity (n,)."""
+    """What a step needs of the equation of motion M a + bias + gravity = tau: M (n, n), bias and gravity (n,).
+
+    ``known`` (n,) is gravity without the payload, what an arm that compensates its weight compensates.
+    """
 
     mass_matrix: Array
     bias: Array
     gravity: Array
+    known: Array
 
 
 class TracedArm:
@@ -49,14 +54,20 @@ class TracedArm:
     Args:
         tree: the arm; ``mass``, ``com``, ``inertia``, ``armature``, ``damping`` and ``friction`` may be arrays of Scalars
             (parameters that change at run time).
+        payload: the link that carries one and its ten parameters (``mbctrl.dynamics.body``), of which the arm is not told.
     """
 
-    def __init__(self, tree: RigidTree) -> None:
+    def __init__(self, tree: RigidTree, payload: tuple[int, Array] | None = None) -> None:
         self.tree, self.n = tree, tree.n
         self.rotation = [_tidied(r) for r in tree.fixed_rotation]
         self.position = [_tidied(p) for p in tree.fixed_position]
         self.gravity = _tidied(tree.gravity)
-        self.bodies = self._regrouped([_at_origin(tree.mass[i], tree.com[i], tree.inertia[i]) for i in range(tree.n)])
+        bodies = [_at_origin(tree.mass[i], tree.com[i], tree.inertia[i]) for i in range(tree.n)]
+        self._payload = None if payload is None else (payload[0], _of_ten(payload[1]))
+        if self._payload is not None:
+            link, body = self._payload
+            bodies[link] = _sum(bodies[link], body)
+        self.bodies = self._regrouped(bodies)
 
     def _regrouped(self, bodies: list[Body]) -> list[Body]:
         """Move to each parent what the joint cannot tell apart: same motion, fewer numbers, no longer each a body's."""
@@ -122,7 +133,20 @@ class TracedArm:
                 gravity[i] = -total.mass * falls[i][2]
                 force, torque = _vector(0.0, 0.0, total.mass), _vector(total.moment[1], -total.moment[0], 0.0)
             self._column(matrix, i, force, torque, rotations, positions)
-        return Motion(matrix, bias, gravity)
+        known = gravity if self._payload is None else gravity - self._weight(rotations, positions, falls)
+        return Motion(matrix, bias, gravity, known)
+
+    def _weight(self, rotations: list[Array], positions: list[Array], falls: list[Array]) -> Array:
+        """Return the payload's part (n,) of gravity, carried down from link to link."""
+        out = _zeros(self.n)
+        i, body = self._payload
+        mass, moment = body.mass, body.moment
+        while i >= 0:
+            turning = moment[1] * falls[i][0] - moment[0] * falls[i][1]
+            out[i] = turning if self.tree.revolute[i] else -mass * falls[i][2]
+            moment = rotations[i] @ moment + mass * positions[i]
+            i = self.tree.parent[i]
+        return out
 
     def _column(self, matrix: Array, i: int, force: Array, torque: Array, rotations: list[Array], positions: list[Array]) -> None:
         """Fill row ``i`` of M: the wrench that a unit acceleration of joint i takes, felt by i and its ancestors."""
@@ -276,6 +300,12 @@ def _at_origin(mass: Any, com: Array, inertia: Array) -> Body:
     com, inertia = np.asarray(com, dtype=object), np.asarray(inertia, dtype=object)
     second = (0.5 * np.trace(inertia)) * _tidied(np.eye(3)) - inertia + mass * np.outer(com, com)
     return Body(mass if not isinstance(mass, np.generic) else float(mass), mass * com, _symmetric(second))
+
+
+def _of_ten(values: Array) -> Body:
+    """Return a body's moments from its ten parameters."""
+    inertia = inertia_of(values)
+    return Body(values[0], values[1:4], (0.5 * np.trace(inertia)) * _tidied(np.eye(3)) - inertia)
 
 
 def _tidied(array: Any, scale: float = 1.0) -> Array:

@@ -101,7 +101,7 @@ class TracedStep:
         drive, h = self.drive, self.h
         load, drag = load.copy(), drag.copy()
         for k, i in enumerate(drive.commanded):
-            own = motion.gravity[i] if drive.gravity_compensation else 0.0
+            own = motion.known[i] if drive.gravity_compensation else 0.0
             bound = None if drive.effort_limit is None else float(drive.effort_limit[k])
             if drive.stiffness is None or drive.damping is None:
                 total = u[k] + own

@@ -95,6 +95,7 @@ def trace_dynamics(
     each: bool = False,
     residual: TracedResidual | None = None,
     contact: Contact | None = None,
+    payload: int | None = None,
 ) -> Traced:
     """Trace an arm's step; the time step [s] is the uniform ``dt``.
 
@@ -105,6 +106,7 @@ def trace_dynamics(
         each: every sample has its own parameters (domain randomisation); else one set for the rollout.
         residual: what is learnt on top.
         contact: what may touch.
+        payload: the link that carries one, its ten parameters the uniforms ``payload``; None: no link does.
     """
     graph = Graph()
     kinds = {kind: Inputs(graph, kind) for kind in ("table", "uniform", "sample")}
@@ -118,9 +120,14 @@ def trace_dynamics(
     touching = {CONTACT[name]: value.item() for name, value in given.items() if name in CONTACT}
     tree = replace(tree, **{name: values for name, values in given.items() if name not in GAINS and name not in CONTACT})
     drive, contact = replace(drive, **gains), contact and replace(contact, **touching)
-    step = TracedStep(TracedArm(tree), drive, h, contact)
+    step = TracedStep(_carrying(tree, payload, kinds["uniform"]), drive, h, contact)
     carry = _Carry(graph, step, len(drive.commanded), residual)
     return _finished(carry, *carry.advance(), kinds)
+
+
+def _carrying(tree: RigidTree, payload: int | None, uniform: Inputs) -> TracedArm:
+    """Return the arm, what link ``payload`` carries an input."""
+    return TracedArm(tree, None if payload is None else (payload, uniform.array("payload", 10)))
 
 
 def _owner(name: str, tree: RigidTree, drive: Drive, contact: Contact | None) -> tuple[Any, str]:
@@ -140,12 +147,13 @@ def trace_objective(
     obstacles: Sequence[Obstacle] = (),
     residual: TracedResidual | None = None,
     contact: Contact | None = None,
+    payload: int | None = None,
 ) -> Traced:
     """Trace an arm's step, its contact and what is learnt on top, with its task's cost.
 
     The table has a column a term, what its cost rate counts in that step (weight, discount and dt multiplied), then
-    ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``u_before`` (nu) and
-    ``q_target`` (nq).
+    ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``payload`` (10) where
+    a link carries one, ``u_before`` (nu) and ``q_target`` (nq).
 
     Errors:
         TypeError: where a term does something a traced value has no meaning for.
@@ -155,7 +163,7 @@ def trace_objective(
     table, uniform = kinds["table"], kinds["uniform"]
     terms = tuple(name for name, term in task.terms.items() if term.weight > 0)
     factors = table.array("terms", len(terms))
-    step = TracedStep(TracedArm(tree), drive, dt, contact)
+    step = TracedStep(_carrying(tree, payload, uniform), drive, dt, contact)
     carry = _Carry(graph, step, len(drive.commanded), residual)
     before = uniform.array("u_before", len(drive.commanded))
     last = carry.add(before)

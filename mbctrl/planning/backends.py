@@ -67,12 +67,15 @@ class Backend:
     array: Callable[[Any], Array]
     dynamics: Any
 
-    def rollout(self, x: np.ndarray, commands: np.ndarray, dt: float) -> np.ndarray:
-        """Return states (H+1, nx, N) from ``x`` (nx,) under ``commands`` (H, nu, N), ``dt`` seconds apart."""
+    def rollout(self, x: np.ndarray, commands: np.ndarray, dt: float, payload: np.ndarray | None = None) -> np.ndarray:
+        """Return states (H+1, nx, N) from ``x`` (nx,) under ``commands`` (H, nu, N), ``dt`` seconds apart, ``payload`` carried."""
         start = np.repeat(x[:, None], commands.shape[2], 1)
-        if isinstance(self.dynamics, (RigidBodyDynamics, HybridDynamics)):
-            return host(self.dynamics.with_dt(dt).rollout(self.array(start), self.array(commands)))
-        return self.dynamics.with_dt(dt).rollout(start, commands)
+        dynamics = self.dynamics.with_dt(dt)
+        if payload is not None:
+            dynamics = dynamics.carrying(payload)
+        if isinstance(dynamics, (RigidBodyDynamics, HybridDynamics)):
+            return host(dynamics.rollout(self.array(start), self.array(commands)))
+        return dynamics.rollout(start, commands)
 
 
 def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, parts: Parts, file: str | Path | None) -> Backend:
@@ -165,6 +168,8 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
     more: dict[str, Any] = {"integrator": dynamics.integrator, "device": dynamics.device}
+    if config.adapt is not None:
+        more["carrier"] = model.tree.frames[model.robot.tool].link
     return RigidBodyDynamics(
         model.tree, dynamics.dt, **drive_settings(model.robot), contact=declared(dynamics.contact, model.tree, file), **more
     )

@@ -44,7 +44,8 @@ def traced_residual(hybrid: HybridDynamics) -> TracedResidual:
 
 def kernel_dynamics(dynamics: RigidBodyDynamics, engine: CpuEngine, residual: TracedResidual | None = None) -> KernelDynamics:
     """Return the arm's compiled rollouts; the engine's precision is theirs."""
-    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), residual=residual, contact=dynamics.contact)
+    what = {"residual": residual, "contact": dynamics.contact, "payload": dynamics.carrier}
+    traced = trace_dynamics(dynamics.tree, drive_of(dynamics), **what)
     return KernelDynamics(traced, dynamics.dt, engine, None if residual is None else residual.weights)
 
 
@@ -95,7 +96,7 @@ def kernel_search(
 
     def traced(goal: Goal) -> Traced:
         arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
-        return trace_objective(*arm, tool, task, goal, obstacles, rolled, dynamics.contact)
+        return trace_objective(*arm, tool, task, goal, obstacles, rolled, dynamics.contact, dynamics.carrier)
 
     return KernelSearch(
         traced,

@@ -15,6 +15,7 @@ from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import MOVING, CircleGoal, PoseGoal
 from mbctrl.dynamics.contact import mount_of
+from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, risk_of
@@ -48,6 +49,7 @@ class MpcController(Mpc):
         except ValueError as error:
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.hybrid = hybrid_of(config, model, self.analytic, file)
+        check_adapt(config, robot, self.hybrid, file)
         self.features = FeatureMap(robot, self.analytic, config.obstacles)
         self.task = with_force(build_task(config.task, scales_of(robot), file=file), config, file)
         check_needs(self.task, config, robot, file)
@@ -93,6 +95,22 @@ def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | 
             raise SpecError(f"needs a goal with a tool target, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
         if term.needs == "acceleration" and robot.limits.acceleration is None:
             raise SpecError("needs a robot with limits.acceleration, found none", file=file, key=f"task.{name}")
+
+
+def check_adapt(config: RunConfig, robot: Robot, hybrid: HybridDynamics | None, file: str | Path | None) -> None:
+    """Refuse to adapt models that cannot carry a payload, and arms of which no estimate can be made.
+
+    Errors:
+        SpecError: saying why.
+    """
+    if config.adapt is None:
+        return
+    if config.dynamics.backend == "mujoco":
+        raise SpecError("MuJoCo as the model carries no payload; expected kernel, torch or auto", file=file, key="dynamics.backend")
+    if hybrid is not None and hybrid.residual.base == "identity":
+        raise SpecError("a model without physics carries no payload; expected null", file=file, key="adapt")
+    if robot.nu != robot.nq:
+        raise SpecError(f"expected a robot whose {robot.nq} joints are all driven, found {robot.nu}", file=file, key="adapt")
 
 
 def check_contact(task: Task, analytic: RigidBodyDynamics, file: str | Path | None) -> None:

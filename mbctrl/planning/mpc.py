@@ -26,7 +26,8 @@ class Mpc:
         robot: the arm.
         planner: draws, costs, refits.
         array: brings numpy's numbers into the planner's kind.
-        rollout: states (H+1, nx, N) from ``x`` (nx,) under commands (H, nu, N), ``dt`` seconds apart, in numpy's arrays.
+        rollout: states (H+1, nx, N) from ``x`` (nx,) under commands (H, nu, N), ``dt`` seconds apart, in numpy's arrays; in a
+            run that adapts it takes the payload (10,), too.
         paths: the tool's positions (3, T, N) [m] at states (T, nx, N); None: plans carry no fan.
         step: the longest step of the prediction from a measurement to a plan's start [s].
     """
@@ -37,7 +38,7 @@ class Mpc:
         robot: Robot,
         planner: Planner,
         array: Callable[[Any], Array],
-        rollout: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
+        rollout: Callable[..., np.ndarray],
         paths: Callable[[np.ndarray], np.ndarray] | None = None,
         step: float = 0.01,
     ) -> None:
@@ -82,7 +83,7 @@ class Mpc:
     def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
         knots = host(result.knots).astype(float)
         commands = (self._spread @ knots).clip(*self._bounds)
-        states = self._rollout(x, knots[..., None])[:, :, 0] if result.states is None else result.states
+        states = self._rollout(request, x, knots[..., None])[:, :, 0] if result.states is None else result.states
         self._seq += 1
         figures = result.figures._asdict()
         plan = Plan(
@@ -93,23 +94,29 @@ class Mpc:
             u=commands,
             x=host(states).astype(float),
             info={**figures, "cpu": time.process_time() - cpu},
-            fan=self.fan(x, result, request.fan) if request.fan else None,
+            fan=self.fan(request, x, result) if request.fan else None,
         )
         self._plans = {seq: old for seq, old in self._plans.items() if seq > self._seq - 4} | {self._seq: plan}
         return plan
 
-    def _rollout(self, x: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    def _rollout(self, request: PlanRequest, x: np.ndarray, knots: np.ndarray) -> np.ndarray:
         """Return the states (H+1, nx, N) that ``knots`` (K, nu, N) lead to from ``x``."""
         low, high = self._bounds
         commands = self.knots.commands(knots).clip(low[:, None], high[:, None])
-        return self._rollout_model(x, commands, self.config.dynamics.dt)
+        return self._rollout_model(x, commands, self.config.dynamics.dt, *self._carried(request))
 
-    def fan(self, x: np.ndarray, result: Result, count: int) -> np.ndarray | None:
-        """Return the tool paths (count, H+1, 3) [m] of the heaviest candidates, or of what they expect together."""
+    def _carried(self, request: PlanRequest) -> tuple[np.ndarray, ...]:
+        """Return what the model carries, nothing where it cannot."""
+        if self.config.adapt is None:
+            return ()
+        return (np.zeros(10) if request.payload is None else request.payload,)
+
+    def fan(self, request: PlanRequest, x: np.ndarray, result: Result) -> np.ndarray | None:
+        """Return the tool paths (request.fan, H+1, 3) [m] of the heaviest candidates, or of what they expect together."""
         if self._paths is None or result.candidates is None:
             return None if result.path is None else host(result.path)[None].astype(float)
-        best = np.argsort(-host(result.weights), kind="stable")[:count]
-        return self._paths(self._rollout(x, host(result.candidates[:, :, best]))).transpose(2, 1, 0).astype(float)
+        best = np.argsort(-host(result.weights), kind="stable")[: request.fan]
+        return self._paths(self._rollout(request, x, host(result.candidates[:, :, best]))).transpose(2, 1, 0).astype(float)
 
     def parameters(self, request: PlanRequest, u_before: np.ndarray) -> Parameters:
         """Return what the task's terms need to know of goal and obstacles along the horizon."""
@@ -131,6 +138,7 @@ class Mpc:
             p_target=p,
             r_target=r,
             q_target=self._array(np.asarray(goal.position)) if isinstance(goal, JointGoal) else None,
+            payload=next(map(self._array, self._carried(request)), None),
             obstacles=tuple(self._array((at[:, None] + rate[:, None] * ahead)[..., None]) for at, rate in request.obstacles),
         )
 
@@ -157,7 +165,7 @@ class Mpc:
             count = int(np.ceil(request.latency / self._step))
             h = request.latency / count
             commands = np.stack([follower.command(t + (k + self.knots.at) * h) for k in range(count)])
-            x = self._rollout_model(x, commands[..., None], h)[-1, :, 0].astype(float)
+            x = self._rollout_model(x, commands[..., None], h, *self._carried(request))[-1, :, 0].astype(float)
         return x, follower.command(t + request.latency)
 
 

@@ -132,7 +132,8 @@ class RolloutObjective:
 
     def __call__(self, x: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:
         """Return costs (N,) of ``commands`` (H, nu, N) from state ``x`` (nx,)."""
-        states = self.dynamics.rollout(x[:, None].expand(-1, commands.shape[-1]), commands)
+        dynamics = self.dynamics if parameters.payload is None else self.dynamics.carrying(parameters.payload.cpu().numpy())
+        states = dynamics.rollout(x[:, None].expand(-1, commands.shape[-1]), commands)
         return self.cost(states, commands, parameters)
 
     def cost(self, states: Tensor, commands: Tensor, parameters: Parameters) -> Tensor:

@@ -18,7 +18,8 @@ class Parameters:
     """What changes from plan to plan; times are the ends of the H steps. Absent ones are None.
 
     Shapes: ``p_target`` (3, H, 1) [m], ``r_target`` (3, 3, H, 1), ``q_target`` (nq,) [rad], ``obstacles`` a (3, H, 1)
-    position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start.
+    position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start, ``payload`` (10,) what a model that
+    may carry one carries (``mbctrl.dynamics.body``).
     """
 
     u_before: Array
@@ -26,6 +27,7 @@ class Parameters:
     r_target: Array | None = None
     q_target: Array | None = None
     obstacles: tuple[Array, ...] = ()
+    payload: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,18 @@ class KernelDynamics:
         self.nq = self.nx // 2
         self._engine, self._code = engine, engine.compile(traced.program, None)
         self._weights = {} if weights is None else {"weights": engine.array(weights)}
+        self._payload = np.zeros(10 if "payload" in traced.uniform else 0)
 
     def with_dt(self, dt: float) -> KernelDynamics:
         """Return the same arm with another time step [s]; the code is shared."""
         other = object.__new__(KernelDynamics)
         other.__dict__ = {**self.__dict__, "dt": dt}
+        return other
+
+    def carrying(self, body: np.ndarray) -> KernelDynamics:
+        """Return the same arm with a payload of ten parameters; see ``RigidBodyDynamics.carrying``."""
+        other = object.__new__(KernelDynamics)
+        other.__dict__ = {**self.__dict__, "_payload": body}
         return other
 
     def step(self, x: Array, u: Array) -> Array:
@@ -57,7 +64,8 @@ class KernelDynamics:
         if horizon == 0:
             states[0] = start
         else:
-            given = {"start": start, "commands": commands, "uniform": self._engine.array([self.dt]), "states": states}
+            uniform = self._engine.array([self.dt, *self._payload])
+            given = {"start": start, "commands": commands, "uniform": uniform, "states": states}
             given |= self._weights
             self._engine.run(self._code, given, samples=width, steps=horizon, fixed=0, seed=0, draw=0)
         found = states[:, :, :samples]

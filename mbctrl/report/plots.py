@@ -12,6 +12,7 @@ from mbctrl.base.errors import ExtraError
 from mbctrl.base.logs import Log
 from mbctrl.base.robot import Robot
 from mbctrl.report import replacing
+from mbctrl.report.payload import payload_changes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,6 +182,8 @@ def _side_panels(log: Log, plans: Log) -> list[Panel]:
         rows.append((1.0, 1, lambda axes: _draw_clearance(axes[0], log)))
     if _finite(log, "contact.force"):
         rows.append((1.0, 1, lambda axes: _draw_force(axes[0], log)))
+    if _finite(log, "payload"):
+        rows.append((1.0, 1, lambda axes: _draw_payload(axes[0], log)))
     if _finite(plans, "latency"):
         rows.append((1.0, 1, lambda axes: _draw_latency(axes[0], plans)))
     return rows
@@ -253,6 +256,7 @@ def _draw_error(axes: Axes, log: Log) -> None:
             panel.spines["right"].set_visible(True)
         used = True
     axes.set_title("tracking error")
+    _mark_changes(axes, log)
     _time_axis(axes, t)
 
 
@@ -284,6 +288,32 @@ def _draw_force(axes: Axes, log: Log) -> None:
     axes.plot(t, force, color=COLOURS[4])
     axes.set(title=f"contact force, highest {np.nanmax(force):.1f} N", ylabel="normal force [N]")
     _time_axis(axes, t)
+
+
+def _draw_payload(axes: Axes, log: Log) -> None:
+    """Draw what the tool carries, what is estimated, with twice its standard error, and what is planned with."""
+    t, title = _time(log), "payload"
+    if "payload.carried" in log:
+        axes.plot(t, log["payload.carried"], color=INK, lw=1.0, ls=(0, (5, 3)), label="carried", zorder=3)
+    if "payload.estimate" in log:
+        estimate, error = log["payload.estimate"], 2 * log["payload.error"]
+        axes.fill_between(t, estimate - error, estimate + error, color=COLOURS[0], alpha=0.18, lw=0)
+        axes.plot(t, estimate, color=COLOURS[0], label="estimated")
+        axes.plot(t, log["payload.planned"], color=COLOURS[1], label="planned with")
+        title += f", {log['payload.planned'][-1]:.2f} kg planned with at the end"
+        known = log["payload.carried"] if "payload.carried" in log else log["payload.planned"]
+        high = max(1.4 * max(estimate.max(), known.max()), 0.1)
+        axes.set_ylim(-0.2 * high, high)  # before anything has moved nothing is known, which would dwarf the rest
+    axes.set(title=title, ylabel="mass [kg]")
+    axes.legend(loc="upper left", ncols=3)
+    _mark_changes(axes, log)
+    _time_axis(axes, t)
+
+
+def _mark_changes(axes: Axes, log: Log) -> None:
+    """Draw a line where the tool picks something up or puts it down."""
+    for change in payload_changes(log):
+        axes.axvline(change.t - log["t"][0], color=ALARM, lw=0.9, ls=(0, (2, 2)))
 
 
 def _draw_latency(axes: Axes, plans: Log) -> None:

@@ -11,6 +11,7 @@ from mbctrl.base.config import RunConfig
 from mbctrl.base.logs import Log
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import MOVING, CircleGoal
+from mbctrl.report.payload import Change, payload_changes
 from mbctrl.runtime.loop import Counts
 from mbctrl.runtime.progress import Progress
 
@@ -34,6 +35,8 @@ class Summary:
     force_rms: float  # [N] of the error of the goal's force, when the tracking error is taken
     force_peak: float  # [N] in the second after the first touch
     touched: float  # [s] when that was
+    payload: list[Change]  # what the tool picked up and put down
+    carried: float  # [kg] what the planner's model carried at the end
     reward: float | None
     latency_p50: float
     latency_p99: float
@@ -84,6 +87,8 @@ def summarise(
         tracking_from=float(lap),
         clearance=float(np.nanmin(log["clearance"])) if np.isfinite(log["clearance"]).any() else np.nan,
         **_pressing(config, log, after),
+        payload=payload_changes(log),
+        carried=float(log["payload.planned"][-1]) if "payload.planned" in log and len(t) else np.nan,
         reward=reward,
         latency_p50=_percentile(latency, 50),
         latency_p99=_percentile(latency, 99),

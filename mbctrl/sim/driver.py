@@ -7,10 +7,12 @@ import copy
 import mujoco
 import numpy as np
 
+from mbctrl.base.config import PayloadSpec
 from mbctrl.base.errors import DriverError
 from mbctrl.base.robot import Robot
 from mbctrl.runtime.clock import Clock
 from mbctrl.runtime.driver import Driver, JointCommand, RobotState
+from mbctrl.sim.payload import Grip
 
 
 class SimDriver(Driver):
@@ -26,6 +28,10 @@ class SimDriver(Driver):
         clock: the loop's clock.
         start: (nq,) initial positions [rad]; None: home.
         believed: the model whose gravity torque the arm adds, where it was told other parameters than it has; None: ``mj``.
+        payload: what the tool picks up, and when.
+
+    Errors:
+        ModelError: where the tool's body cannot carry a payload.
     """
 
     def __init__(
@@ -35,10 +41,12 @@ class SimDriver(Driver):
         clock: Clock,
         start: np.ndarray | None = None,
         believed: mujoco.MjModel | None = None,
+        payload: PayloadSpec | None = None,
     ) -> None:
         self.model = copy.copy(mj)
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION
-        self._believed = self.model if believed is None else believed
+        self._believed = mj if believed is None else believed
+        self._grip = None if payload is None else Grip(self.model, robot.tool, payload)
         self.data, self._static = mujoco.MjData(self.model), mujoco.MjData(self._believed)
         self._clock, self._compensated = clock, robot.control.gravity_compensation
         self._pick = robot.command_index
@@ -81,6 +89,11 @@ class SimDriver(Driver):
             total += force[0]
         return float(total)
 
+    @property
+    def payload(self) -> float:
+        """What the tool carries [kg]."""
+        return 0.0 if self._grip is None else self._grip.carried
+
     def _gravity(self) -> np.ndarray:
         """Return the torque the arm adds by itself at the present position, (nu,) [N·m]."""
         if not self._compensated:
@@ -93,6 +106,8 @@ class SimDriver(Driver):
 
     def _step(self) -> None:
         data = self.data
+        if self._grip is not None:
+            self._grip.update(data.time)
         total = self._own
         if self._command is not None:
             total = total + self._command.at(data.qpos[self._pick], data.qvel[self._pick])
