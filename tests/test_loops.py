@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,25 @@ def test_trials_say_what_failed() -> None:
         _line(Trial(3, 10, 5.25, np.zeros(2), 0.1, 1.0, 2)) == "trial 3: return 5.2, 2 trainings failed: the last good model stayed"
     )
     assert _line(Trial(0, 0, -1.0, np.zeros(2), 0.0, 0.0, 0)) == "random commands: return -1.0"
+
+
+@pytest.mark.skipif(not os.environ.get("MBCTRL_SLOW"), reason="minutes; MBCTRL_SLOW asks for it, mbctrl bench pets shows it")
+@pytest.mark.parametrize("encode", [True, False])
+def test_a_pendulum_learned_online_stays_up_where_angles_are_encoded(tmp_path: Path, encode: bool) -> None:
+    """100 random steps, refit every 50, 100 samples over 15 steps; the last 100 of 500 steps count."""
+    config, file = load_run("pendulum_online_sim")
+    assert config.planner.samples == 100 and round(config.planner.horizon / config.dynamics.dt) == 15
+    held = 0
+    for seed in range(3):
+        run = config.model_copy(update={"seed": seed})
+        spec, recipe = load_loop(file, run)
+        assert (spec.random, spec.every, spec.trials) == (100, 50, 1)
+        network = recipe.network.model_copy(update={"encode_angles": encode})
+        training = recipe.training.model_copy(update={"seed": seed})
+        recipe = recipe.model_copy(update={"network": network, "training": training})
+        out = tmp_path / f"{seed}"
+        Loop(run, file, spec, recipe, out).run()
+        log = read_log(out / "trial-01" / "log.csv")
+        assert len(log.data) == 501
+        held += bool((np.abs(log["q"][-100:, 0] % (2 * np.pi) - np.pi) < 0.3).all())
+    assert held == 3 if encode else held < 3
