@@ -143,7 +143,7 @@ def _compared(residuals: dict[str, Any], arm: Model, every: Transitions, integra
 def _told(epoch: Epoch) -> str:
     best = " ".join(f"{loss:.4f}" for loss in epoch.best)
     now = " ".join(f"{loss:.3f}" for loss in epoch.training)
-    return f"epoch {epoch.number}: training loss {now}, held-out error {best}, {int(epoch.active.sum())} members learn"
+    return f"epoch {epoch.number}: training loss {now}, held out {best}, {int(epoch.active.sum())} members learn"
 
 
 def _short(value: float) -> str:
