@@ -105,7 +105,7 @@ def _plan_time(hidden: tuple[int, ...], backend: str) -> tuple[float, int]:
         controller.plan(PlanRequest(0.04 * k, x))
         spent.append(time.process_time() - before)
     networks = controller.hybrid.residual.members
-    return statistics.median(spent[2:]), config.planner.samples * config.planner.iterations * controller.knots.steps * networks
+    return statistics.median(spent[2:]), planner.samples * planner.iterations * controller.knots.steps * networks
 
 
 def _random_model(model: Any, hidden: tuple[int, ...], dt: float) -> Any:
