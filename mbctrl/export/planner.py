@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.base.scene import JointGoal
+from mbctrl.base.scene import JointGoal, ObjectPoseGoal
 from mbctrl.export.graph import Assembly, Part, exported, info, node_count
 from mbctrl.export.modules import Draw, Score, Shapes, Step
 from mbctrl.export.rules import refuse_unexportable
@@ -46,6 +46,8 @@ def refuse(controller: MpcController) -> None:
         )
     if controller.config.dynamics.contact is not None:
         raise SpecError("a contact in the physics is not exported; expected null", key="dynamics.contact")
+    if isinstance(controller.config.goal, ObjectPoseGoal):
+        raise SpecError("a goal for an object is not exported; expected one for the tool or the joints", key="goal.kind")
     if controller.config.dynamics.backend == "mujoco":
         raise SpecError("MuJoCo as the model is not exported; expected kernel, torch or auto", key="dynamics.backend")
 

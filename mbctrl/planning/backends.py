@@ -14,7 +14,7 @@ import torch
 
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import MbctrlError, ModelError, SpecError, suggest
-from mbctrl.base.scene import MOVING, JointGoal, PoseGoal
+from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.contact import Contact
 from mbctrl.dynamics.hybrid import HybridDynamics
@@ -22,6 +22,7 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
+from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.trace import Goal
 from mbctrl.planning.arrays import Array, host, tensor
 from mbctrl.planning.knots import Knots
@@ -117,6 +118,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         discount=config.planner.discount,
         obstacles=config.obstacles,
         residual=traced,
+        thing=parts.features.thing,
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
@@ -138,6 +140,8 @@ def _goals(config: RunConfig) -> set[Goal]:
     goal = config.goal
     if isinstance(goal, PoseGoal):
         return {Goal(position=True, rotation=target.rpy is not None) for target in goal.targets}
+    if isinstance(goal, ObjectPoseGoal):
+        return {Goal(position=True, rotation=True)}
     if isinstance(goal, MOVING):
         return {Goal(position=True, rotation=goal.rpy is not None)}
     return {Goal(joints=True) if isinstance(goal, JointGoal) else Goal(position=True)}
@@ -170,18 +174,28 @@ def contact_of(config: RunConfig, model: Model, file: str | Path | None = None) 
     spec = config.dynamics.contact
     if spec is None:
         return None
-    frames = model.tree.frames
-    for key in ("tip", "surface"):
-        name = getattr(spec, key)
-        if name not in frames:
-            raise SpecError(
-                f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=f"dynamics.contact.{key}"
-            )
+    tip, surface = (_frame(getattr(spec, key), model, file, f"dynamics.contact.{key}") for key in ("tip", "surface"))
     numbers = spec.model_dump(exclude={"tip", "surface"})
     try:
-        return Contact(tip=frames[spec.tip], surface=frames[spec.surface], **numbers)
+        return Contact(tip=tip, surface=surface, **numbers)
     except ModelError as error:
         raise SpecError(error.message, file=file, key="dynamics.contact") from None
+
+
+def thing_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Frame | None:
+    """Return the frame of the object that the run's goal is for, None where that is the tool.
+
+    Errors:
+        SpecError: for a frame the model does not have.
+    """
+    return _frame(config.goal.frame, model, file, "goal.frame") if isinstance(config.goal, ObjectPoseGoal) else None
+
+
+def _frame(name: str, model: Model, file: str | Path | None, key: str) -> Frame:
+    frames = model.tree.frames
+    if name not in frames:
+        raise SpecError(f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=key)
+    return frames[name]
 
 
 def hybrid_of(

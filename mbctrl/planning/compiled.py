@@ -69,6 +69,7 @@ def kernel_search(
     discount: float = 1.0,
     obstacles: Sequence[Obstacle] = (),
     residual: TracedResidual | None = None,
+    thing: Frame | None = None,
 ) -> KernelSearch:
     """Return the compiled search of the arm and task.
 
@@ -79,6 +80,7 @@ def kernel_search(
         knots, noise: the action parametrisation and its noise.
         samples, lower, upper, engine: as ``KernelSearch``.
         residual: what is learnt on top of the arm.
+        thing: the goal's object, where that is not the tool.
 
     Errors:
         TypeError: where a term cannot be traced, when the search is first used.
@@ -87,7 +89,7 @@ def kernel_search(
 
     def traced(goal: Goal) -> Traced:
         arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
-        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact)
+        return trace_objective(*arm, tool, task, goal, obstacles, residual, dynamics.contact, thing)
 
     return KernelSearch(
         traced,

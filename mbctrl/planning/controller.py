@@ -13,11 +13,11 @@ from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import SpecError
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import MOVING, CircleGoal, PoseGoal
+from mbctrl.base.scene import MOVING, CircleGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of
+from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, thing_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
@@ -48,7 +48,7 @@ class MpcController(Mpc):
         except ValueError as error:
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.hybrid = hybrid_of(config, model, self.analytic, file)
-        self.features = FeatureMap(robot, self.analytic, config.obstacles)
+        self.features = FeatureMap(robot, self.analytic, config.obstacles, thing_of(config, model, file))
         self.task = with_force(build_task(config.task, scales_of(robot), file=file), config, file)
         check_needs(self.task, config, robot, file)
         check_contact(self.task, self.analytic, file)
@@ -91,6 +91,10 @@ def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | 
     for name, term in task.terms.items():
         if term.needs == "p_world_target" and not has_target:
             raise SpecError(f"needs a goal with a tool target, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
+        if term.needs == "p_world_object" and not isinstance(config.goal, ObjectPoseGoal):
+            raise SpecError(
+                f"needs a goal for an object (object_pose), found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}"
+            )
         if term.needs == "acceleration" and robot.limits.acceleration is None:
             raise SpecError("needs a robot with limits.acceleration, found none", file=file, key=f"task.{name}")
 
