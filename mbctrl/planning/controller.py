@@ -91,6 +91,8 @@ def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | 
     for name, term in task.terms.items():
         if term.needs == "p_world_target" and not has_target:
             raise SpecError(f"needs a goal with a tool target, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
+        if term.needs == "p_world_tcp" and not (has_target or isinstance(config.goal, ObjectPoseGoal)):
+            raise SpecError(f"needs a goal in the world, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
         if term.needs == "p_world_object" and not isinstance(config.goal, ObjectPoseGoal):
             raise SpecError(
                 f"needs a goal for an object (object_pose), found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}"

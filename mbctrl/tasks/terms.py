@@ -196,6 +196,18 @@ class Avoid(Term):
         return total * (1.0 / self.buffer**2)
 
 
+class Height(Term):
+    """Tool ``target`` [m] over the world's origin: squared error over ``scale`` [m]."""
+
+    needs: ClassVar[str | None] = "p_world_tcp"
+    target: Number
+    scale: Positive = 0.01  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        error = f.p_world_tcp[2] - self.target
+        return error * error * (1.0 / self.scale**2)
+
+
 class ObjectPose(Term):
     """The goal's object at its target: pseudo-Huber of the distance over its scale, and of the angle.
 
@@ -269,6 +281,7 @@ TERMS = {
     "velocity_limits": "mbctrl.tasks.terms:VelocityLimits",
     "acceleration_limits": "mbctrl.tasks.terms:AccelerationLimits",
     "avoid": "mbctrl.tasks.terms:Avoid",
+    "height": "mbctrl.tasks.terms:Height",
     "object_pose": "mbctrl.tasks.terms:ObjectPose",
     "contact_force": "mbctrl.tasks.terms:ContactForce",
     "contact_approach": "mbctrl.tasks.terms:ContactApproach",
