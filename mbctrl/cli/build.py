@@ -11,8 +11,7 @@ from mbctrl.base.errors import GoalError, SpecError
 from mbctrl.base.parameters import load_parameters
 from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.planning.backends import thing_of
-from mbctrl.planning.controller import MpcController
+from mbctrl.planning.controller import MpcController, thing_of
 
 
 def load_run_model(config: RunConfig, file: Path) -> Model:

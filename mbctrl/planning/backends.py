@@ -22,7 +22,6 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
-from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.trace import Goal
 from mbctrl.planning.arrays import Array, host, tensor
 from mbctrl.planning.knots import Knots
@@ -174,28 +173,18 @@ def contact_of(config: RunConfig, model: Model, file: str | Path | None = None) 
     spec = config.dynamics.contact
     if spec is None:
         return None
-    tip, surface = (_frame(getattr(spec, key), model, file, f"dynamics.contact.{key}") for key in ("tip", "surface"))
+    frames = model.tree.frames
+    for key in ("tip", "surface"):
+        name = getattr(spec, key)
+        if name not in frames:
+            raise SpecError(
+                f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=f"dynamics.contact.{key}"
+            )
     numbers = spec.model_dump(exclude={"tip", "surface"})
     try:
-        return Contact(tip=tip, surface=surface, **numbers)
+        return Contact(tip=frames[spec.tip], surface=frames[spec.surface], **numbers)
     except ModelError as error:
         raise SpecError(error.message, file=file, key="dynamics.contact") from None
-
-
-def thing_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Frame | None:
-    """Return the frame of the object that the run's goal is for, None where that is the tool.
-
-    Errors:
-        SpecError: for a frame the model does not have.
-    """
-    return _frame(config.goal.frame, model, file, "goal.frame") if isinstance(config.goal, ObjectPoseGoal) else None
-
-
-def _frame(name: str, model: Model, file: str | Path | None, key: str) -> Frame:
-    frames = model.tree.frames
-    if name not in frames:
-        raise SpecError(f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key=key)
-    return frames[name]
 
 
 def hybrid_of(

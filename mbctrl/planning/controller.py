@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import SpecError
+from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import MOVING, CircleGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
-from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, thing_of
+from mbctrl.dynamics.tree import Frame
+from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
@@ -79,6 +80,20 @@ class MpcController(Mpc):
         q = torch.as_tensor(states[:, :nq], dtype=self.analytic.dtype).movedim(0, 1).reshape(nq, -1)
         position = self.analytic.frame(self.analytic.poses(q.to(self.analytic.device)), self.features.tool)[1]
         return position.reshape(3, horizon, samples).cpu().numpy()
+
+
+def thing_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Frame | None:
+    """Return the frame of the object that the run's goal is for, None where that is the tool.
+
+    Errors:
+        SpecError: for a frame the model does not have.
+    """
+    if not isinstance(config.goal, ObjectPoseGoal):
+        return None
+    name, frames = config.goal.frame, model.tree.frames
+    if name not in frames:
+        raise SpecError(f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key="goal.frame")
+    return frames[name]
 
 
 def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | None) -> None:

@@ -28,7 +28,9 @@ class Progress:
     @property
     def count(self) -> int:
         """How many targets the goal has; 0 for one that is never completed."""
-        return len(self.goal.targets) if isinstance(self.goal, PoseGoal) else int(isinstance(self.goal, (JointGoal, ObjectPoseGoal)))
+        return (
+            len(self.goal.targets) if isinstance(self.goal, PoseGoal) else int(isinstance(self.goal, (JointGoal, ObjectPoseGoal)))
+        )
 
     @property
     def done(self) -> bool:
@@ -36,7 +38,10 @@ class Progress:
         return 0 < self.count <= len(self.reached)
 
     def target(self, t: float) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Return the target due for the tool, or the goal's object, at ``t`` [s]: position (3,) [m] and rotation (3, 3) or None; None without one."""
+        """Return the target due for the tool, or for the goal's object, at ``t`` [s]; None without one.
+
+        That is the position (3,) [m] and the rotation (3, 3) or None.
+        """
         if not isinstance(self.goal, (PoseGoal, ObjectPoseGoal, *MOVING)):
             return None
         position, rotation = self.goal.sample(self.index, np.array([t]))
