@@ -94,6 +94,12 @@ PANDA = {
 }
 TOUCH = {"tip": "panda_fingertip", "radius": 0.0065, "surface": "table_top", "stiffness": 2e4, "damping": 150.0, "friction": 0.5}
 WIPE = {**PANDA, "robot": "panda_wipe", "dynamics": {"dt": 0.02, "threads": 2, "contact": TOUCH}}
+PUSH = {
+    **PANDA,
+    "robot": "panda_push",
+    "dynamics": {"dt": 0.02, "threads": 2, "contact": {**TOUCH, "surface": "box_face"}},
+    "goal": {"kind": "object_pose", "frame": "box", "position": [0.46, 0.08, 0.03], "yaw": 0.5},
+}
 NEAR = {
     "sphere": {"name": "ball", "shape": "sphere", "position": [0.5, 0.1, 0.6], "size": [0.08], "to": [0.3, 0.2, 0.5]},
     "box": {"name": "box", "shape": "box", "position": [0.5, -0.1, 0.4], "size": [0.1, 0.2, 0.05]},
@@ -229,6 +235,8 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "contact_gap": (WIPE, {"task": {"contact_gap": {"weight": 1.0}}}),
     "contact_approach": (WIPE, {"task": {"contact_approach": {"weight": 1.0, "terminal": 0.1, "speed": 0.02, "reach": 0.5}}}),
+    "object_pose": (PUSH, {"task": {"object_pose": {"weight": 1.0, "rotation_weight": 0.7}}}),
+    "height": (WIPE, {"task": {"height": {"weight": 1.0, "target": 0.3, "scale": 0.1}}}),
     "leapfrog": (ARM2, {"dynamics": {"integrator": "leapfrog"}}),
 }
 

@@ -129,6 +129,26 @@ def _held(rpy: Point | None, count: int) -> np.ndarray | None:
     return None if rpy is None else np.broadcast_to(rotation_from_rpy(np.asarray(rpy)), (count, 3, 3))
 
 
+class ObjectPoseGoal(Spec):
+    """A pose for an object to be brought to: where ``frame``, a site or body of the robot's model, shall stand, turned by yaw.
+
+    It counts when held within both tolerances for ``hold`` seconds.
+    """
+
+    kind: Literal["object_pose"]
+    frame: str
+    position: Point  # [m], of the frame's origin
+    yaw: Number  # [rad], about the world's z
+    tolerance_position: Positive = 0.01  # [m]
+    tolerance_rotation: Positive = 0.1745  # [rad]
+    hold: Positive = 0.3  # [s]
+
+    def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the object's target at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3)."""
+        position = np.broadcast_to(np.asarray(self.position, float), (len(t), 3))
+        return position, np.broadcast_to(rotation_from_rpy(np.array([0.0, 0.0, self.yaw])), (len(t), 3, 3))
+
+
 class JointGoal(Spec):
     """A joint configuration to reach and hold, modulo whole turns where ``wrap`` is set."""
 
@@ -148,7 +168,7 @@ class BackendGoal(Spec):
 MOVING = (FigureEightGoal, CircleGoal)
 """Goals whose target moves: ``sample`` gives it, ``lap`` is the time until it has been everywhere."""
 
-Goal = Annotated[PoseGoal | FigureEightGoal | CircleGoal | JointGoal | BackendGoal, Field(discriminator="kind")]
+Goal = Annotated[PoseGoal | FigureEightGoal | CircleGoal | ObjectPoseGoal | JointGoal | BackendGoal, Field(discriminator="kind")]
 
 
 class Obstacle(Spec):

@@ -9,9 +9,9 @@ import numpy as np
 from mbctrl.base.config import RobotSpec, RunConfig
 from mbctrl.base.errors import GoalError, SpecError
 from mbctrl.base.parameters import load_parameters
-from mbctrl.base.scene import MOVING, JointGoal, PoseGoal
+from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.planning.controller import MpcController
+from mbctrl.planning.controller import MpcController, thing_of
 
 
 def load_run_model(config: RunConfig, file: Path) -> Model:
@@ -71,6 +71,9 @@ def check_goal(config: RunConfig, model: Model, file: Path) -> None:
         )
     if isinstance(goal, PoseGoal):
         points = [(f"goal.targets[{i}].position", np.asarray(target.position)) for i, target in enumerate(goal.targets)]
+    elif isinstance(goal, ObjectPoseGoal):
+        thing_of(config, model, file)
+        points = [("goal.position", np.asarray(goal.position))]
     elif isinstance(goal, MOVING):
         points = [("goal", point) for point in goal.sample(0, np.linspace(0, goal.lap, 50))[0]]
     else:

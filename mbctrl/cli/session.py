@@ -21,7 +21,7 @@ from mbctrl.base.parameters import write_parameters
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.poses import quaternion_from_rotation
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import JointGoal
+from mbctrl.base.scene import JointGoal, ObjectPoseGoal
 from mbctrl.base.spec import dump_yaml
 from mbctrl.calibrate.adapt import Adapter
 from mbctrl.cli.build import build_controller, check_goal, load_run_model, load_truth
@@ -160,7 +160,9 @@ class Session:
         state = tick.state
         self.monitor.update(state.q, tick.t)
         tool = self.monitor.tool()
-        self.progress.update(tick.t, state.q, tool, self._override)
+        goal = self.config.goal
+        pose = self.monitor.pose(goal.frame) if isinstance(goal, ObjectPoseGoal) else tool
+        self.progress.update(tick.t, state.q, pose, self._override)
         target = self._override or self.progress.target(tick.t)
         if tick.arrived is not None:
             self._latency = tick.latency

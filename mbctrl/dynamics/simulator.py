@@ -140,7 +140,7 @@ class SimulatorDynamics:
 
 
 def _constant_weight(mj: mujoco.MjModel, commanded: list[int]) -> np.ndarray:
-    """Return what gravity does to the unactuated joints, (nv,) [N]: constant, where they are slides that only slides carry.
+    """Return what gravity does to the unactuated joints, (nv,) [N]: constant, where slides carry them or upright hinges.
 
     Errors:
         ModelError: naming a joint that gravity loads otherwise.
@@ -151,9 +151,11 @@ def _constant_weight(mj: mujoco.MjModel, commanded: list[int]) -> np.ndarray:
     for joint in sorted(set(range(mj.nv)) - set(commanded)):
         above = joint
         while above >= 0:
-            if mj.jnt_type[above] != mujoco.mjtJoint.mjJNT_SLIDE:
+            upright = np.linalg.norm(np.cross(data.xaxis[above], mj.opt.gravity)) <= 1e-9 * np.linalg.norm(mj.opt.gravity)
+            if mj.jnt_type[above] != mujoco.mjtJoint.mjJNT_SLIDE and not upright:
                 raise ModelError(
-                    f"gravity compensation needs every joint actuated but slides that slides carry, found {mj.joint(joint).name}",
+                    "gravity compensation needs every joint actuated but slides and upright hinges that such carry, "
+                    f"found {mj.joint(joint).name}",
                     key="dynamics.backend",
                 )
             above = int(mj.dof_parentid[above])

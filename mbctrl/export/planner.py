@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.base.scene import JointGoal
+from mbctrl.base.scene import JointGoal, ObjectPoseGoal
 from mbctrl.export.graph import Assembly, Part, exported, info, node_count
 from mbctrl.export.modules import Draw, Score, Shapes, Step
 from mbctrl.export.rules import refuse_unexportable
@@ -51,6 +51,8 @@ def refuse(controller: MpcController) -> None:
         raise SpecError("a contact in the physics is not exported; expected null", key="dynamics.contact")
     if controller.config.adapt is not None:
         raise SpecError("a model that adapts is not exported; expected null", key="adapt")
+    if isinstance(controller.config.goal, ObjectPoseGoal):
+        raise SpecError("a goal for an object is not exported; expected one for the tool or the joints", key="goal.kind")
     if controller.config.dynamics.backend == "mujoco":
         raise SpecError("MuJoCo as the model is not exported; expected kernel, torch or auto", key="dynamics.backend")
 

@@ -148,8 +148,9 @@ def trace_objective(
     residual: TracedResidual | None = None,
     contact: Contact | None = None,
     payload: int | None = None,
+    thing: Frame | None = None,
 ) -> Traced:
-    """Trace an arm's step, its contact and what is learnt on top, with its task's cost.
+    """Trace an arm's step, its contact and what is learnt on top, with its task's cost; ``thing`` is the goal's object.
 
     The table has a column a term, what its cost rate counts in that step (weight, discount and dt multiplied), then
     ``p_target`` (3), ``r_target`` (3, 3) and for each obstacle ``obstacle.i`` (3); the uniforms are ``payload`` (10) where
@@ -169,15 +170,18 @@ def trace_objective(
     last = carry.add(before)
     q, v, where_q = carry.advance()
     u = carry.u
-    position = rotation = None
+    position = rotation = place = turn = None
     distances: tuple[Array, ...] = ()
     gap = gap_rate = force = None
     if goal.position or obstacles or contact:
         links = {tool.link} | ({c.link for c in tree.capsules} if obstacles else set())
         links |= {contact.tip.link, contact.surface.link} if contact else set()
+        links |= {thing.link} if thing else set()
         turns = step.arm.turns(*(where_q if where_q is not None else step.angles(q)))
         poses = step.arm.world(*turns, links)
         rotation, position = frame_in_world(poses, tool)
+        if thing is not None:
+            turn, place = frame_in_world(poses, thing)
         if contact is not None:
             gap = _gap(contact, poses)
             if any(task.terms[name].needs == "contact_rate" for name in terms):
@@ -204,6 +208,8 @@ def trace_objective(
         R_world_target=table.array("r_target", 3, 3) if goal.rotation else None,
         q_target=uniform.array("q_target", tree.n) if goal.joints else None,
         clearances=distances,
+        p_world_object=place,
+        R_world_object=turn,
         contact_gap=gap,
         contact_rate=gap_rate,
         contact_force=force,

@@ -14,7 +14,7 @@ import torch
 
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import MbctrlError, SpecError
-from mbctrl.base.scene import MOVING, JointGoal, PoseGoal
+from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.hybrid import HybridDynamics
@@ -129,6 +129,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         obstacles=config.obstacles,
         residual=traced,
         risk=parts.risk,
+        thing=parts.features.thing,
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
@@ -150,6 +151,8 @@ def _goals(config: RunConfig) -> set[Goal]:
     goal = config.goal
     if isinstance(goal, PoseGoal):
         return {Goal(position=True, rotation=target.rpy is not None) for target in goal.targets}
+    if isinstance(goal, ObjectPoseGoal):
+        return {Goal(position=True, rotation=True)}
     if isinstance(goal, MOVING):
         return {Goal(position=True, rotation=goal.rpy is not None)}
     return {Goal(joints=True) if isinstance(goal, JointGoal) else Goal(position=True)}

@@ -73,6 +73,7 @@ def kernel_search(
     obstacles: Sequence[Obstacle] = (),
     residual: TracedResidual | None = None,
     risk: Risk | None = None,
+    thing: Frame | None = None,
 ) -> KernelSearch:
     """Return the compiled search of the arm and task.
 
@@ -84,6 +85,7 @@ def kernel_search(
         samples, lower, upper, engine: as ``KernelSearch``.
         residual: what is learnt on top of the arm.
         risk: makes one cost of those of its members, which roll out one by one; None: they are averaged in every step.
+        thing: the goal's object, where that is not the tool.
 
     Errors:
         TypeError: where a term cannot be traced, when the search is first used.
@@ -96,7 +98,7 @@ def kernel_search(
 
     def traced(goal: Goal) -> Traced:
         arm = (dynamics.tree, drive_of(dynamics), dynamics.dt)
-        return trace_objective(*arm, tool, task, goal, obstacles, rolled, dynamics.contact, dynamics.carrier)
+        return trace_objective(*arm, tool, task, goal, obstacles, rolled, dynamics.contact, dynamics.carrier, thing)
 
     return KernelSearch(
         traced,

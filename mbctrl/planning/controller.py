@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from mbctrl.base.config import RunConfig
-from mbctrl.base.errors import SpecError
+from mbctrl.base.errors import SpecError, suggest
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import MOVING, CircleGoal, PoseGoal
+from mbctrl.base.scene import MOVING, CircleGoal, ObjectPoseGoal, PoseGoal
 from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.dynamics.tree import Frame
 from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, risk_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
@@ -50,7 +51,7 @@ class MpcController(Mpc):
             raise SpecError(str(error), file=file, key="planner.knots") from None
         self.hybrid = hybrid_of(config, model, self.analytic, file)
         check_adapt(config, robot, self.hybrid, file)
-        self.features = FeatureMap(robot, self.analytic, config.obstacles)
+        self.features = FeatureMap(robot, self.analytic, config.obstacles, thing_of(config, model, file))
         self.task = with_force(build_task(config.task, scales_of(robot), file=file), config, file)
         check_needs(self.task, config, robot, file)
         check_contact(self.task, self.analytic, file)
@@ -83,6 +84,20 @@ class MpcController(Mpc):
         return position.reshape(3, horizon, samples).cpu().numpy()
 
 
+def thing_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Frame | None:
+    """Return the frame of the object that the run's goal is for, None where that is the tool.
+
+    Errors:
+        SpecError: for a frame the model does not have.
+    """
+    if not isinstance(config.goal, ObjectPoseGoal):
+        return None
+    name, frames = config.goal.frame, model.tree.frames
+    if name not in frames:
+        raise SpecError(f"the model has no site or body '{name}'{suggest(name, frames)}", file=file, key="goal.frame")
+    return frames[name]
+
+
 def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | None) -> None:
     """Refuse terms that need what the goal or the robot does not have.
 
@@ -93,6 +108,12 @@ def check_needs(task: Task, config: RunConfig, robot: Robot, file: str | Path | 
     for name, term in task.terms.items():
         if term.needs == "p_world_target" and not has_target:
             raise SpecError(f"needs a goal with a tool target, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
+        if term.needs == "p_world_tcp" and not (has_target or isinstance(config.goal, ObjectPoseGoal)):
+            raise SpecError(f"needs a goal in the world, found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}")
+        if term.needs == "p_world_object" and not isinstance(config.goal, ObjectPoseGoal):
+            raise SpecError(
+                f"needs a goal for an object (object_pose), found goal.kind: {config.goal.kind}", file=file, key=f"task.{name}"
+            )
         if term.needs == "acceleration" and robot.limits.acceleration is None:
             raise SpecError("needs a robot with limits.acceleration, found none", file=file, key=f"task.{name}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import MOVING, JointGoal, PoseGoal, Target
+from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal, Target
 from mbctrl.planning.arrays import Array, host
 from mbctrl.planning.planner import Parameters, Planner, PlannerState, Result
 
@@ -125,7 +125,7 @@ class Mpc:
         if request.target is not None:
             position, rotation = request.target
             target = (np.tile(position, (self._steps, 1)), None if rotation is None else np.tile(rotation, (self._steps, 1, 1)))
-        elif isinstance(goal, MOVING):
+        elif isinstance(goal, (ObjectPoseGoal, *MOVING)):
             target = goal.sample(request.goal, request.goal_time + ahead)
         p = r = None
         if isinstance(goal, PoseGoal) and request.target is None:  # stands still: the same tensors again

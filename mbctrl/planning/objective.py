@@ -14,6 +14,7 @@ from mbctrl.base.scene import Obstacle
 from mbctrl.dynamics.actuation import Impedance
 from mbctrl.dynamics.contact import mount_of
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.dynamics.tree import Frame
 from mbctrl.planning.arrays import like
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.noise import Noise
@@ -35,10 +36,13 @@ class FeatureMap:
         robot: its tool and gains.
         kinematics: poses of the arm's links; the analytic model also where MuJoCo is the dynamics.
         obstacles: their shapes.
+        thing: the frame of what the goal is for where that is not the tool.
     """
 
-    def __init__(self, robot: Robot, kinematics: RigidBodyDynamics, obstacles: tuple[Obstacle, ...] = ()) -> None:
-        self.kinematics, self.obstacles = kinematics, obstacles
+    def __init__(
+        self, robot: Robot, kinematics: RigidBodyDynamics, obstacles: tuple[Obstacle, ...] = (), thing: Frame | None = None
+    ) -> None:
+        self.kinematics, self.obstacles, self.thing = kinematics, obstacles, thing
         tree = kinematics.tree
         self.tool = tree.frames[robot.tool]
         self._pick = slice(None) if kinematics.commanded == list(range(kinematics.nq)) else kinematics.commanded
@@ -63,12 +67,15 @@ class FeatureMap:
         x, u = states.to(model.dtype).movedim(0, 1), commands.movedim(0, 1)
         q, v = x[:nq, 1:], x[nq:, 1:]
         first = parameters.u_before[:, None, None].expand(-1, 1, samples)
-        position = rotation = gap = rate = None
+        position = rotation = gap = rate = place = turn = None
         clearances: tuple[Tensor, ...] = ()
         if parameters.p_target is not None or self.obstacles or model.contact is not None:
             poses = model.poses(q.reshape(nq, -1))
             r, p = model.frame(poses, self.tool)
             rotation, position = r.reshape(3, 3, horizon, samples), p.reshape(3, horizon, samples)
+            if self.thing is not None:
+                r, p = model.frame(poses, self.thing)
+                turn, place = r.reshape(3, 3, horizon, samples), p.reshape(3, horizon, samples)
             if self.obstacles:
                 clearances = self.clearances(poses, parameters.obstacles, (horizon, samples))
             if model.contact is not None:
@@ -89,6 +96,8 @@ class FeatureMap:
             R_world_target=parameters.r_target,
             q_target=None if parameters.q_target is None else parameters.q_target[:, None, None],
             clearances=clearances,
+            p_world_object=place,
+            R_world_object=turn,
             contact_gap=gap,
             contact_rate=rate,
             contact_force=None if self._mount is None else self._mount.force(q, v),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mbctrl.base.poses import angle_between
-from mbctrl.base.scene import MOVING, CircleGoal, JointGoal, PoseGoal
+from mbctrl.base.scene import MOVING, CircleGoal, JointGoal, ObjectPoseGoal, PoseGoal
 
 
 @dataclass
@@ -28,7 +28,9 @@ class Progress:
     @property
     def count(self) -> int:
         """How many targets the goal has; 0 for one that is never completed."""
-        return len(self.goal.targets) if isinstance(self.goal, PoseGoal) else int(isinstance(self.goal, JointGoal))
+        return (
+            len(self.goal.targets) if isinstance(self.goal, PoseGoal) else int(isinstance(self.goal, (JointGoal, ObjectPoseGoal)))
+        )
 
     @property
     def done(self) -> bool:
@@ -36,14 +38,20 @@ class Progress:
         return 0 < self.count <= len(self.reached)
 
     def target(self, t: float) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Return the tool target due at ``t`` [s]: position (3,) [m] and rotation (3, 3) or None; None without one."""
-        if not isinstance(self.goal, (PoseGoal, *MOVING)):
+        """Return the target due for the tool, or for the goal's object, at ``t`` [s]; None without one.
+
+        That is the position (3,) [m] and the rotation (3, 3) or None.
+        """
+        if not isinstance(self.goal, (PoseGoal, ObjectPoseGoal, *MOVING)):
             return None
         position, rotation = self.goal.sample(self.index, np.array([t]))
         return position[0], None if rotation is None else rotation[0]
 
-    def update(self, t: float, q: np.ndarray, tool: tuple[np.ndarray, np.ndarray], override=None) -> None:
-        """Take note of joint positions ``q`` and the tool's pose at ``t`` [s]; ``override`` replaces the goal's target."""
+    def update(self, t: float, q: np.ndarray, pose: tuple[np.ndarray, np.ndarray], override=None) -> None:
+        """Take note of joint positions ``q`` and the pose of the tool, or of the goal's object, at ``t`` [s].
+
+        ``override`` replaces the goal's target.
+        """
         if isinstance(self.goal, JointGoal):
             error = q - np.asarray(self.goal.position)
             if self.goal.wrap:
@@ -54,12 +62,12 @@ class Progress:
         target = override or self.target(t)
         if target is None:
             return
-        off = tool[0] - target[0]
+        off = pose[0] - target[0]
         if isinstance(self.goal, CircleGoal) and self.goal.force is not None:
             off = np.asarray(self.goal.axes) @ off  # the rest is what the force decides
         self.position_error = float(np.linalg.norm(off))
-        self.rotation_error = 0.0 if target[1] is None else angle_between(tool[1], target[1])
-        if isinstance(self.goal, PoseGoal) and override is None:
+        self.rotation_error = 0.0 if target[1] is None else angle_between(pose[1], target[1])
+        if isinstance(self.goal, (PoseGoal, ObjectPoseGoal)) and override is None:
             inside = self.position_error <= self.goal.tolerance_position and self.rotation_error <= self.goal.tolerance_rotation
             self._advance(t, inside, self.goal.hold)
 

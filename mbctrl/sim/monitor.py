@@ -33,8 +33,7 @@ class Monitor:
         self.obstacles = obstacles
         self.model = _with_obstacles(robot.model_path, obstacles) if obstacles else mj
         self.data = mujoco.MjData(self.model)
-        self._site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, robot.tool)
-        self._body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.tool)
+        self._tool = robot.tool
         self._arm = _collision_geoms(self.model)
         self._geoms = [self.model.geom(f"obstacle:{obstacle.name}").id for obstacle in obstacles]
 
@@ -49,9 +48,13 @@ class Monitor:
 
     def tool(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the tool's position (3,) [m] and rotation (3, 3)."""
-        if self._site >= 0:
-            return self.data.site_xpos[self._site].copy(), self.data.site_xmat[self._site].reshape(3, 3).copy()
-        return self.data.xpos[self._body].copy(), self.data.xmat[self._body].reshape(3, 3).copy()
+        return self.pose(self._tool)
+
+    def pose(self, frame: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return position (3,) [m] and rotation (3, 3) of a site, or of the body of that name."""
+        site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, frame)
+        place = self.data.site(site) if site >= 0 else self.data.body(frame)
+        return place.xpos.copy(), place.xmat.reshape(3, 3).copy()
 
     def clearance(self) -> float:
         """Return the least distance of the arm's moving collision geoms from any obstacle [m]; nan without obstacles."""

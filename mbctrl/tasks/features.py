@@ -27,6 +27,8 @@ class Features:
     clearances: tuple[Any, ...]  # for each obstacle the distances of the arm's capsules from it [m], first index: capsule
     contact_gap: Any = None  # of the declared contact [m], negative in it, or None
     contact_rate: Any = None  # of the gap, mean over the step [m/s], or None
+    p_world_object: Any = None  # (3) [m] of what the goal is for where that is not the tool, or None
+    R_world_object: Any = None  # (3)(3), or None
     contact_force: Any = None  # what presses the declared contact's surface on its spring [N], or None
 
 

@@ -32,19 +32,19 @@ class Term(Spec):
         """Return the cost rate of one step, dimensionless, a row of samples."""
 
 
-def _position_error(f: Features, scale: float, axes: tuple[float, float, float] | None = None) -> Any:
-    error = [f.p_world_tcp[i] - f.p_world_target[i] for i in range(3)]
+def _position_error(f: Features, p: Any, scale: float, axes: tuple[float, float, float] | None = None) -> Any:
+    error = [p[i] - f.p_world_target[i] for i in range(3)]
     if axes is None:
         return dot(error, error) * (1.0 / scale**2)
     return sum(axis * (error[i] * error[i]) for i, axis in enumerate(axes) if axis) * (1.0 / scale**2)
 
 
-def _rotation_error(f: Features, scale: float) -> Any:
+def _rotation_error(f: Features, r: Any, scale: float) -> Any:
     """Return the squared rotation error over ``scale`` squared; 2 (1 - cos angle), the angle squared near zero."""
     trace = 0.0
     for i in range(3):
         for j in range(3):
-            trace = trace + f.R_world_tcp[i][j] * f.R_world_target[i][j]
+            trace = trace + r[i][j] * f.R_world_target[i][j]
     return positive(3.0 - trace) * (1.0 / scale**2)
 
 
@@ -57,10 +57,10 @@ class Reach(Term):
     rotation_weight: NonNegative = 1.0
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
-        total = pseudo_huber(_position_error(f, self.position_scale))
+        total = pseudo_huber(_position_error(f, f.p_world_tcp, self.position_scale))
         if f.R_world_target is None or self.rotation_weight == 0:
             return total
-        return total + self.rotation_weight * pseudo_huber(_rotation_error(f, self.rotation_scale))
+        return total + self.rotation_weight * pseudo_huber(_rotation_error(f, f.R_world_tcp, self.rotation_scale))
 
 
 class Proximity(Term):
@@ -74,7 +74,7 @@ class Proximity(Term):
     scale: Positive = 0.1  # [m]
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
-        return 1.0 - exp(-_position_error(f, self.scale))
+        return 1.0 - exp(-_position_error(f, f.p_world_tcp, self.scale))
 
 
 class Track(Term):
@@ -90,10 +90,10 @@ class Track(Term):
     axis_weights: tuple[NonNegative, NonNegative, NonNegative] | None = None
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
-        total = _position_error(f, self.position_scale, self.axis_weights)
+        total = _position_error(f, f.p_world_tcp, self.position_scale, self.axis_weights)
         if f.R_world_target is None or self.rotation_weight == 0:
             return total
-        return total + self.rotation_weight * _rotation_error(f, self.rotation_scale)
+        return total + self.rotation_weight * _rotation_error(f, f.R_world_tcp, self.rotation_scale)
 
 
 class Posture(Term):
@@ -210,6 +210,35 @@ class Avoid(Term):
         return total * (1.0 / self.buffer**2)
 
 
+class Height(Term):
+    """Tool ``target`` [m] over the world's origin: squared error over ``scale`` [m]."""
+
+    needs: ClassVar[str | None] = "p_world_tcp"
+    target: Number
+    scale: Positive = 0.01  # [m]
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        error = f.p_world_tcp[2] - self.target
+        return error * error * (1.0 / self.scale**2)
+
+
+class ObjectPose(Term):
+    """The goal's object at its target: pseudo-Huber of the distance over its scale, and of the angle.
+
+    Alone it says nothing of how to get there: a tool that does not touch yet needs a term that leads it to the object,
+    such as ``contact_gap``.
+    """
+
+    needs: ClassVar[str | None] = "p_world_object"
+    position_scale: Positive = 0.05  # [m]
+    rotation_scale: Positive = 0.2  # [rad]
+    rotation_weight: NonNegative = 1.0
+
+    def cost(self, f: Features, robot: RobotScales) -> Any:
+        position = pseudo_huber(_position_error(f, f.p_world_object, self.position_scale))
+        return position + self.rotation_weight * pseudo_huber(_rotation_error(f, f.R_world_object, self.rotation_scale))
+
+
 class ContactForce(Term):
     """Force on the declared contact's surface at ``target``: squared error over ``scale`` [N].
 
@@ -267,6 +296,8 @@ TERMS = {
     "velocity_limits": "mbctrl.tasks.terms:VelocityLimits",
     "acceleration_limits": "mbctrl.tasks.terms:AccelerationLimits",
     "avoid": "mbctrl.tasks.terms:Avoid",
+    "height": "mbctrl.tasks.terms:Height",
+    "object_pose": "mbctrl.tasks.terms:ObjectPose",
     "contact_force": "mbctrl.tasks.terms:ContactForce",
     "contact_approach": "mbctrl.tasks.terms:ContactApproach",
     "contact_gap": "mbctrl.tasks.terms:ContactGap",
