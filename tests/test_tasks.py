@@ -23,7 +23,9 @@ from mbctrl.tasks.terms import (
     ContactForce,
     ContactGap,
     Effort,
+    Height,
     JointLimits,
+    ObjectPose,
     Posture,
     Proximity,
     Reach,
@@ -57,6 +59,8 @@ STILL = Features(
     R_world_target=EYE,
     q_target=None,
     clearances=(np.array([1.0, 2.0]),),
+    p_world_object=np.array([0.3, 0.0, 0.5]),
+    R_world_object=EYE,
     contact_gap=np.array(-0.001),
     contact_rate=np.array(0.0),
     contact_force=np.array(0.0),
@@ -81,6 +85,8 @@ SETTINGS: list[Term] = [
     ContactGap(weight=1, scale=0.02),
     ContactApproach(weight=1, speed=0.05, reach=0.03),
     Proximity(weight=1, scale=0.3),
+    Height(weight=1, target=0.5, scale=0.02),
+    ObjectPose(weight=1, position_scale=0.05, rotation_scale=0.2, rotation_weight=0.5),
 ]
 NAMES = [f"{type(term).__name__}{i}" for i, term in enumerate(SETTINGS)]
 
@@ -200,6 +206,8 @@ def random_features(seed: int) -> Features:
         R_world_target=random_rotation(rng),
         q_target=rng.normal(size=2) if seed % 2 else None,
         clearances=tuple(rng.uniform(-0.1, 0.2, 3) for _ in range(2)),
+        p_world_object=rng.normal(size=3),
+        R_world_object=random_rotation(rng),
         contact_gap=np.array(rng.uniform(-0.01, 0.04)),
         contact_rate=np.array(rng.uniform(-0.3, 0.1)),
         contact_force=np.array(rng.uniform(-5, 30)),
@@ -239,6 +247,7 @@ def shifted(**changes: Any) -> Features:
         (Avoid(weight=1, margin=0.03, buffer=0.05), shifted(clearances=(np.array([0.03, 1]), np.array([-0.02, 0.055]))), 5.25),
         (Track(weight=1, axis_weights=(1.0, 0.0, 2.0)), shifted(p_world_tcp=[0.32, 9.0, 0.53]), 4.0 + 2 * 9.0),
         (ContactForce(weight=1, target=15.0, scale=5.0), shifted(contact_force=25.0), 4.0),
+        (Height(weight=1, target=0.47, scale=0.01), shifted(), 9.0),
         (ContactGap(weight=1, scale=0.02), shifted(contact_gap=0.04), np.sqrt(5) - 1),
         (ContactApproach(weight=1, speed=0.05, reach=0.02), shifted(contact_gap=0.005, contact_rate=-0.15), 0.75 * 4.0),
         (ContactApproach(weight=1, speed=0.05, reach=0.02), shifted(contact_gap=-0.005, contact_rate=-0.15), 4.0),
@@ -483,7 +492,8 @@ def test_costs_are_weighted_and_a_zero_weight_is_left_out() -> None:
 
 
 def test_every_short_name_builds() -> None:
-    spec = {name: {"weight": 1.0, **({"scale": 0.1} if name == "smoothness" else {})} for name in TERMS}
+    more = {"smoothness": {"scale": 0.1}, "height": {"target": 0.2}}
+    spec = {name: {"weight": 1.0, **more.get(name, {})} for name in TERMS}
     assert list(build_task(spec, ROBOT).terms) == list(TERMS)
 
 
