@@ -98,8 +98,13 @@ def learned(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, s
     elif kind == "residual":
         change |= {"near": 10.0, "far": 11.0}  # [m] the gate is open everywhere
     recipe = recipe.model_copy(update=change)
-    training, validation, _ = split(cut(every, recipe.episode or np.inf), (recipe.training.validation, 0.0), seed)
-    return fit(*(samples_of(part, arm, recipe) for part in (training, validation)), arm, recipe).residual
+    pieces = cut(every, 0.5 if len(every) < 1000 else recipe.episode or np.inf)
+    for draw in range(100):  # few transitions, split in the middle of the air, leave nothing near the table to stop by
+        training, validation, _ = split(pieces, (recipe.training.validation, 0.0), seed + 1000 * draw)
+        samples = [samples_of(part, arm, recipe) for part in (training, validation)]
+        if min(map(len, samples)) >= 20:
+            break
+    return fit(*samples, arm, recipe).residual
 
 
 def known(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, true: ContactSpec) -> ContactSpec:

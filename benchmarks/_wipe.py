@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.logs import read_log
+from mbctrl.base.plan import PlanRequest
+from mbctrl.cli.build import build_controller, load_run_model
 from mbctrl.cli.session import Session
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.transitions import Transitions
@@ -21,6 +25,11 @@ from mbctrl.sim.driver import SimDriver
 SCENARIO, DT, SECONDS = "panda_wipe_sim", 0.02, 8.0
 TABLE = (0.5, 0.25)  # [m] where its middle is, and its height
 NO_CONTACT = {"stiffness": 0.0, "damping": 0.0}  # what only terms look at
+
+
+PLAN = {"planner": {"samples": 512, "horizon": 0.32}}
+"""The plan that is timed: 16 steps."""
+PRESSED = (-0.027, -0.039, -0.087, -2.366, -0.026, 2.373, 0.690, -0.0074)  # [rad], [m] on the table in mid-circle, with 15 N
 
 
 @dataclass(frozen=True)
@@ -124,3 +133,25 @@ def judged(job: Job) -> dict[str, float]:
         "path": float(np.sqrt(np.mean(off**2))),
         "plan": float(np.median(plans["cpu"])),
     }
+
+
+def planned(dynamics: dict[str, Any], pressed: bool, backend: str, plans: int = 40) -> float:
+    """Return the median time of a plan [s] of 512 samples and 16 steps, on all cores.
+
+    Args:
+        dynamics: the model's.
+        pressed: from a state on the table, pressed 7 mm down, where every gate is open; else from home, where none is.
+        backend: ``kernel`` or ``torch``.
+    """
+    config, file = load_run(SCENARIO)
+    change = merged({**circle(), **PLAN}, {"dynamics": {**dynamics, "backend": backend, "threads": 0}})
+    config = RunConfig.model_validate(merged(config.model_dump(), change))
+    model = load_run_model(config, file)
+    controller = build_controller(config, file, model)
+    x = np.concatenate([PRESSED if pressed else model.robot.home, np.zeros(model.robot.nq)])
+    times = []
+    for k in range(plans):
+        start = time.perf_counter()
+        controller.plan(PlanRequest(DT * k, x, goal=0, goal_time=DT * k))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 from _common import Say, row
+from _payload import payload_rows
+from _push import push_rows
 from _residual import LEARNED, Made, Training, made
-from _wipe import SCENARIO, Job, World, circle, gathered, judged, wandering
+from _wipe import SCENARIO, Job, World, circle, gathered, judged, planned, wandering
 
 RECIPE, RUNS, TESTS = "panda_wipe_learn", 66, 12
 BUDGETS, SEEDS = (300, 1000, 4000, 16000), 3
@@ -52,7 +54,9 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
         models = trained(pool, folder, tests, budgets, seeds, say)
         out = predicted(models, seeds)
         out += driven(pool, models, budgets, seeds, quick, say)
-    return out
+        out += push_rows(pool, folder, quick, say)
+        out += timed(models["in distribution", "gated", 4000, 0], say)
+    return out + payload_rows(quick, say)
 
 
 def gather(pool: ProcessPoolExecutor, path: Path, runs: int, sides: tuple[float, float], seed: int, world: World, say: Say) -> None:
@@ -116,6 +120,19 @@ def ratios(models: dict[tuple[str, str, int, int], Made], seeds: int) -> list[di
         )
         bar = (">=", 2.0) if budget in (4000, 16000) else (None, None)
         out.append(row(f"{label}, {budget}: error of full over gated, 25 steps in contact", full / gated, "x", *bar))
+    return out
+
+
+def timed(model: Made, say: Say) -> list[dict[str, Any]]:
+    """Return the time of a plan with three networks 2 x 96, compiled and in torch, free and in contact."""
+    out = []
+    for backend in ("kernel", "torch"):
+        for pressed in (False, True):
+            say(f"a plan's time, {backend}")
+            where = "in contact" if pressed else "free"
+            bar = ("<=", 5.0) if backend == "kernel" else ()
+            took = 1e3 * planned(model.dynamics, pressed, backend)
+            out.append(row(f"plan of 512 x 16 with 3 networks 2 x 96, {where}, {backend}, all cores", took, "ms", *bar))
     return out
 
 
