@@ -19,7 +19,7 @@ from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.learning.ensemble import Ensemble
 from mbctrl.learning.evaluate import HORIZONS, KINDS, coverage, open_loop, windows_of
-from mbctrl.learning.fit import Fitted, LearningError, Normalisers, drawing, fit
+from mbctrl.learning.fit import LEAST, Fitted, LearningError, Normalisers, drawing, fit, misses
 from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import Samples, analytic_model, learned_model, samples_of
@@ -149,7 +149,7 @@ def arm2() -> Model:
 
 @pytest.fixture(scope="module")
 def heteroscedastic(arm2: Model) -> Fitted:
-    recipe = recipe_of(robot="arm2", base="identity", surfaces=(), training={"epochs": 40, "batch": 128})
+    recipe = recipe_of(robot="arm2", base="identity", surfaces=(), training={"epochs": 80, "batch": 128})
     return fit(noisy(2000, 0, arm2), noisy(500, 1, arm2), arm2, recipe)
 
 
@@ -163,7 +163,7 @@ def test_intervals_cover_noise_of_any_size(heteroscedastic: Fitted, arm2: Model)
     print(shares, total[loud].mean(0) / total[quiet].mean(0))
     for share in shares.values():
         assert (share >= 0.80).all() and (share <= 0.97).all()
-    assert (total[loud].mean(0) > 3 * total[quiet].mean(0)).all()  # one width for all would cover on the whole, too
+    assert (total[loud].mean(0) > 5 * total[quiet].mean(0)).all()  # one width for all would cover on the whole, too
 
 
 def test_normalisers_are_the_training_samples_(arm2: Model, heteroscedastic: Fitted) -> None:
@@ -199,9 +199,21 @@ def test_members_stop_by_what_was_held_out_and_keep_their_best(arm2: Model) -> N
     for k, (w, b) in enumerate(residual.layers):
         y = y @ w.astype(float).transpose(0, 2, 1) + b[:, None]
         y = y / (1 + np.exp(-y)) if k < len(residual.layers) - 1 else y
-    found = np.log(np.abs(held.target.numpy() / residual.output_scale - y).mean(1)).mean(1)
+    found = np.log(np.abs(held.target.numpy() / residual.output_scale - y).mean(1) + LEAST).mean(1)
     np.testing.assert_allclose(found, best, rtol=1e-4)
     np.testing.assert_allclose(fitted.history[-1].best, best, rtol=1e-6)
+
+
+def test_an_output_that_never_moves_stays_and_decides_nothing(arm2: Model) -> None:
+    recipe = recipe_of(robot="arm2", base="identity", surfaces=(), training={"epochs": 5, "batch": 128})
+    train, held = (replace(one, target=one.target * torch.tensor([1.0, 0.0])) for one in (noisy(800, 0, arm2), noisy(300, 1, arm2)))
+    mean, _ = predicted(fit(train, held, arm2, recipe).residual, held.inputs.numpy())
+    assert np.abs(mean[..., 1]).max() < 1e-8 < np.abs(mean[..., 0]).max()
+    nets = Ensemble(3, (8,), 2, 2, "silu", True, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        nets.weights[-1].zero_()  # no error at all where nothing is to be predicted
+        found = misses(nets, held.inputs[None], held.target[None], held.gate[None])
+    assert torch.isfinite(found).all()
 
 
 def test_the_same_seed_trains_the_same_and_another_does_not(arm2: Model) -> None:
