@@ -410,7 +410,7 @@ def test_a_model_that_diverges_has_infinite_errors_not_none(arm: Model, parts: l
 def test_a_constant_input_is_no_division_by_zero() -> None:
     samples = Samples(torch.ones(20, 2), torch.zeros(20, 1), torch.ones(20), torch.ones(20), np.zeros(20, int), np.zeros(20, bool))
     scales = Normalisers.of(samples)
-    assert torch.equal(scales.scale, torch.ones(2)) and torch.equal(scales.output, torch.ones(1))
+    assert torch.equal(scales.scale, torch.ones(2)) and torch.equal(scales.output, torch.full((1,), 1e-9))
 
 
 def test_a_wipe_is_learnt_from_a_few_runs(tmp_path: Path) -> None:
