@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,13 @@ import numpy as np
 import torch
 from _common import Say, row
 from _residual import learned
-from _wipe import Job
+from _runs import Job, gathered, logged
 
-from mbctrl.base.config import RunConfig, load_run, merged
-from mbctrl.base.logs import read_log
-from mbctrl.cli.session import Session
 from mbctrl.dynamics.load import load_model
 from mbctrl.learning.recipe import load_learning_recipe
-from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.transitions import Transitions, concatenate, read_transitions, write_transitions
 
-SCENARIO, DT = "panda_push_sim", 0.02
+SCENARIO = "panda_push_sim"
 REACHED = 0.01, np.radians(10.0)  # [m], [rad] at the end of a run
 
 
@@ -40,28 +35,9 @@ def wandering(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def _session(job: Job) -> Session:
-    torch.set_num_threads(1)
-    config, file = load_run(SCENARIO)
-    over = merged({"seed": job.seed, "dynamics": {"threads": 1}}, job.changes)
-    return Session(RunConfig.model_validate(merged(config.model_dump(), over)), file, lockstep=True)
-
-
-def gathered(job: Job) -> Transitions:
-    """Run, and return the transitions of the log."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = _session(job)
-        session.run(Path(folder) / "run")
-        model = session.model
-        return from_run(Path(folder) / "run" / "log.csv", source_of(model.robot, model.tree.revolute, DT))
-
-
 def judged(job: Job) -> dict[str, float]:
     """Run, and return where the box ended off its goal, ``position`` [m] and ``rotation`` [rad], and the force's ``peak`` [N]."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = _session(job)
-        session.run(Path(folder) / "run")
-        log = read_log(Path(folder) / "run" / "log.csv")
+    _, log, _ = logged(job)
     return {
         "position": float(log["error.position"][-1]),
         "rotation": float(log["error.rotation"][-1]),
@@ -83,7 +59,7 @@ def push_rows(pool: ProcessPoolExecutor, folder: Path, quick: bool, say: Say) ->
     wanted, seeds, rng = (500, 3, np.random.default_rng(7)) if quick else (4000, 10, np.random.default_rng(7))
     parts: list[Transitions] = []
     while sum(int(part.contact.sum()) for part in parts) < wanted:
-        parts += pool.map(gathered, [Job(wandering(rng), seed=5000 + len(parts) + k) for k in range(4)])
+        parts += pool.map(gathered, [Job(SCENARIO, wandering(rng), seed=5000 + len(parts) + k) for k in range(4)])
         say(f"pushing: {len(parts)} runs")
     write_transitions(folder / "push.parquet", concatenate(parts))
     say("pushing: training")
@@ -94,7 +70,7 @@ def push_rows(pool: ProcessPoolExecutor, folder: Path, quick: bool, say: Say) ->
     out = []
     for name, dynamics in models.items():
         say(f"pushing with {name}")
-        results = list(pool.map(judged, [Job({"dynamics": dynamics}, seed=11 + k) for k in range(seeds)]))
+        results = list(pool.map(judged, [Job(SCENARIO, {"dynamics": dynamics}, seed=11 + k) for k in range(seeds)]))
         bar = (">=", 8.0) if name == "residual" and not quick else ()
         off = 1e3 * float(np.median([result["position"] for result in results]))
         out += [

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import mujoco
 import numpy as np
-import torch
+from _runs import DT, Job, logged
 
 from mbctrl.base.config import RunConfig, load_run, merged
-from mbctrl.base.logs import read_log
 from mbctrl.base.plan import PlanRequest
 from mbctrl.cli.build import build_controller, load_run_model
-from mbctrl.cli.session import Session
-from mbctrl.learning.runs import from_run, source_of
-from mbctrl.learning.transitions import Transitions
-from mbctrl.sim.driver import SimDriver
 
-SCENARIO, DT, SECONDS = "panda_wipe_sim", 0.02, 8.0
+SCENARIO = "panda_wipe_sim"
 TABLE = (0.5, 0.25)  # [m] where its middle is, and its height
-NO_CONTACT = {"stiffness": 0.0, "damping": 0.0}  # what only terms look at
-
-
 PLAN = {"planner": {"samples": 512, "horizon": 0.32}}
 """The plan that is timed: 16 steps."""
 PRESSED = (-0.027, -0.039, -0.087, -2.366, -0.026, 2.373, 0.690, -0.0074)  # [rad], [m] on the table in mid-circle, with 15 N
-
-
-@dataclass(frozen=True)
-class World:
-    """What the simulated arm and table truly are, where it is not what the planner's model says.
-
-    ``spring`` [N/m] under the table, ``mass`` [kg] at the tool, half way between the fingers' roots and tip.
-    """
-
-    spring: float | None = None
-    mass: float = 0.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: ``changes`` to the scenario, what is simulated, and the ``seed``."""
-
-    changes: dict[str, Any] = field(default_factory=dict)
-    world: World = World()
-    seed: int = 0
 
 
 def wandering(rng: np.random.Generator, sides: tuple[float, float]) -> dict[str, Any]:
@@ -77,38 +45,8 @@ def wandering(rng: np.random.Generator, sides: tuple[float, float]) -> dict[str,
 
 def circle(side: float = 0.0) -> dict[str, Any]:
     """Return the changes of a run that is judged: 12 cm wide, 15 N, 4 s a turn, its centre at y = ``side`` [m]."""
-    return {"goal": {"center": [TABLE[0], side, TABLE[1]], "radius": 0.06, "period": 4.0, "delay": 3.0, "force": 15.0}}
-
-
-def session_of(job: Job) -> Session:
-    """Return a run with one thread, in lockstep, of the world the job says."""
-    torch.set_num_threads(1)
-    config, file = load_run(SCENARIO)
-    over = merged({"seed": job.seed, "dynamics": {"threads": 1}, "duration": SECONDS}, job.changes)
-    session = Session(RunConfig.model_validate(merged(config.model_dump(), over)), file, lockstep=True)
-    if job.world != World():
-        own = session.model.mj
-        mj = own.__copy__()
-        if job.world.spring is not None:
-            table = mj.joint("table").id
-            weight = float(mj.body("table").mass[0]) * 9.81
-            mj.jnt_stiffness[table] = job.world.spring
-            mj.qpos_spring[mj.jnt_qposadr[table]] = weight / job.world.spring  # it stands where it stood
-        if job.world.mass:
-            body = mj.site_bodyid[mj.site(session.robot.tool).id]
-            mj.body_mass[body] += job.world.mass
-            mujoco.mj_setConst(mj, mujoco.MjData(mj))
-        session.driver = SimDriver(mj, session.robot, session.clock, session.driver._start, own)
-    return session
-
-
-def gathered(job: Job) -> Transitions:
-    """Run, and return the transitions of the log."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = session_of(job)
-        session.run(Path(folder) / "run")
-        model = session.model
-        return from_run(Path(folder) / "run" / "log.csv", source_of(model.robot, model.tree.revolute, DT))
+    goal = {"center": [TABLE[0], side, TABLE[1]], "radius": 0.06, "period": 4.0, "delay": 3.0, "force": 15.0}
+    return {"goal": goal, "duration": 8.0}
 
 
 def judged(job: Job) -> dict[str, float]:
@@ -116,10 +54,7 @@ def judged(job: Job) -> dict[str, float]:
 
     The cost is the mean over the turn of (path error / 1 cm)² + (force error / 5 N)².
     """
-    with tempfile.TemporaryDirectory() as folder:
-        session = session_of(job)
-        session.run(Path(folder) / "run")
-        log, plans = (read_log(Path(folder) / "run" / name) for name in ("log.csv", "plans.csv"))
+    session, log, plans = logged(job)
     goal, t, force = session.config.goal, log["t"], log["contact.force"]
     turn = (t >= goal.delay) & (t < goal.delay + goal.period)
     off = np.linalg.norm(log["tcp"][:, :2] - log["target"][:, :2], axis=1)[turn]

@@ -144,9 +144,8 @@ def _learned(job: tuple[str, int, bool]) -> tuple[list[float], np.ndarray]:
     dynamics = config.dynamics.model_copy(update={"threads": 1})
     config = config.model_copy(update={"seed": seed, "dynamics": dynamics})
     spec, recipe = load_loop(file, config)
-    training = recipe.training.model_copy(update={"seed": seed})
     network = recipe.network.model_copy(update={"encode_angles": encode})
-    recipe = recipe.model_copy(update={"network": network, "training": training})
+    recipe = recipe.model_copy(update={"network": network})
     with tempfile.TemporaryDirectory() as folder:
         trials = Loop(config, file, spec, recipe, Path(folder) / "out").run()
         log = read_log(Path(folder) / "out" / f"trial-{trials[-1].number:02d}" / "log.csv")

@@ -20,19 +20,23 @@ from _common import Say, row
 from _payload import payload_rows
 from _push import push_rows
 from _residual import LEARNED, Made, Training, made
-from _wipe import SCENARIO, Job, World, circle, gathered, judged, planned, wandering
+from _runs import Job, gathered
+from _wipe import SCENARIO, circle, judged, planned, wandering
+
+from mbctrl.base.config import merged
 
 RECIPE, RUNS, TESTS = "panda_wipe_learn", 66, 12
 BUDGETS, SEEDS = (300, 1000, 4000, 16000), 3
 DATA = {"in distribution": ("all", (-0.12, 0.12)), "unseen half": ("half", (-0.14, -0.06))}
 """Where a model is judged: the transitions it is made from, and where along y [m] they are."""
-SETS: dict[str, tuple[tuple[float, float], World]] = {
-    "in distribution": ((-0.12, 0.12), World()),
-    "unseen half": ((0.06, 0.14), World()),
-    "unseen spring": ((-0.12, 0.12), World(spring=3000.0)),
-    "unseen payload": ((-0.12, 0.12), World(mass=1.0)),
+SETS: dict[str, tuple[tuple[float, float], dict[str, Any], float | None]] = {
+    "in distribution": ((-0.12, 0.12), {}, None),
+    "unseen half": ((0.06, 0.14), {}, None),
+    "unseen spring": ((-0.12, 0.12), {}, 3000.0),
+    "unseen payload": ((-0.12, 0.12), {"backend": {"payload": {"mass": 1.0, "at": [0.001]}}}, None),
 }
-"""What models are judged on; the spring is half as stiff again as believed, the payload 1 kg the model does not have."""
+"""What models are judged on: where along y [m], changes to the runs, and the spring under the table [N/m], half as stiff again as
+believed; the payload [kg] is not the model's."""
 SIDES = {"in distribution": 0.0, "unseen half": 0.08}
 KINDS = ("contact", *LEARNED)
 
@@ -47,10 +51,10 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     ):
         folder = Path(name)
         tests = {label: folder / f"test{k}.parquet" for k, label in enumerate(SETS)}
-        for k, (label, (sides, world)) in enumerate(SETS.items()):
-            gather(pool, tests[label], TESTS, sides, 100 + k, world, say)
+        for k, (label, (sides, changes, spring)) in enumerate(SETS.items()):
+            gather(pool, tests[label], wanderings(TESTS, sides, 100 + k, changes, spring), say)
         for k, (file, sides) in enumerate(DATA.values()):
-            gather(pool, folder / f"{file}.parquet", max(20, RUNS * max(budgets) // 16000), sides, k, World(), say)
+            gather(pool, folder / f"{file}.parquet", wanderings(max(20, RUNS * max(budgets) // 16000), sides, k), say)
         models = trained(pool, folder, tests, budgets, seeds, say)
         out = predicted(models, seeds)
         out += driven(pool, models, budgets, seeds, quick, say)
@@ -59,16 +63,22 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     return out + payload_rows(quick, say)
 
 
-def gather(pool: ProcessPoolExecutor, path: Path, runs: int, sides: tuple[float, float], seed: int, world: World, say: Say) -> None:
-    """Write the transitions of so many runs, an episode each."""
+def wanderings(
+    runs: int, sides: tuple[float, float], seed: int, changes: dict[str, Any] | None = None, spring: float | None = None
+) -> list[Job]:
+    """Return runs that give data, circles' centres between ``sides`` along y [m]."""
+    rng = np.random.default_rng(seed)
+    return [Job(SCENARIO, merged(wandering(rng, sides), changes or {}), 1000 * seed + k, spring) for k in range(runs)]
+
+
+def gather(pool: ProcessPoolExecutor, path: Path, jobs: list[Job], say: Say) -> None:
+    """Write the transitions of runs, an episode each."""
     from mbctrl.learning.transitions import concatenate, write_transitions
 
-    rng = np.random.default_rng(seed)
-    jobs = [Job(wandering(rng, sides), world, 1000 * seed + k) for k in range(runs)]
     parts = []
     for part in pool.map(gathered, jobs):
         parts.append(part)
-        say(f"{path.stem}: {len(parts)} of {runs} runs")
+        say(f"{path.stem}: {len(parts)} of {len(jobs)} runs")
     write_transitions(path, concatenate(parts))
 
 
@@ -118,7 +128,7 @@ def ratios(models: dict[tuple[str, str, int, int], Made], seeds: int) -> list[di
             np.median([models[label, kind, budget, s].errors[label]["in contact", 25][0] for s in range(seeds)])
             for kind in ("full", "gated")
         )
-        bar = (">=", 2.0) if budget in (4000, 16000) else (None, None)
+        bar = (">=", 2.0) if budget in (4000, 16000) else ()
         out.append(row(f"{label}, {budget}: error of full over gated, 25 steps in contact", full / gated, "x", *bar))
     return out
 
@@ -149,13 +159,13 @@ def driven(
     for label, side in SIDES.items():
         for (data, kind, budget, seed), model in models.items():
             if data == label and (seed == 0 or budget == 4000):
-                jobs[label, kind, budget, seed] = Job({**circle(side), "dynamics": model.dynamics}, seed=seed)
+                jobs[label, kind, budget, seed] = Job(SCENARIO, {**circle(side), "dynamics": model.dynamics}, seed=seed)
         for seed in range(seeds):  # the planner's own luck is the same for all models
-            jobs[label, "true", 300, seed] = Job(circle(side), seed=seed)
+            jobs[label, "true", 300, seed] = Job(SCENARIO, circle(side), seed)
         if not quick and label == "in distribution":
             few = {**circle(side), "planner": {"samples": 256}}
-            jobs[label, "true, 256 samples", 300, 0] = Job(few)
-            jobs[label, "MuJoCo, 256 samples", 300, 0] = Job({**few, "dynamics": {"backend": "mujoco"}})
+            jobs[label, "true, 256 samples", 300, 0] = Job(SCENARIO, few)
+            jobs[label, "MuJoCo, 256 samples", 300, 0] = Job(SCENARIO, {**few, "dynamics": {"backend": "mujoco"}})
     found = {}
     for key, result in zip(jobs, pool.map(judged, jobs.values())):
         found[key] = result
@@ -171,7 +181,7 @@ def driven(
 
 def wiped(label: str, kind: str, budget: int, same: list[dict[str, float]], oracle: float) -> list[dict[str, Any]]:
     """Return the figures of the runs with one kind of model: medians over seeds, the worst peak."""
-    barred = budget == 4000 and kind == "gated on fitted contact"
+    barred = budget == 4000 and kind in ("gated", "gated on fitted contact")
     name = f"{label}: wiping, {kind}" if budget == 300 and kind not in KINDS else f"{label}: wiping, {kind}, {budget}"
     cost, force, path, plan = (float(np.median([one[key] for one in same])) for key in ("cost", "force", "path", "plan"))
     peak = max(one["peak"] for one in same)

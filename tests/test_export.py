@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_hybrid import residual_of
+from test_hybrid import TABLE as SURFACES
+from test_hybrid import moving, residual_of
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import BundleError, SpecError
@@ -51,7 +52,9 @@ CASES["residual"] = ("panda_reach_sim", merged(SMALL, {"dynamics": {"residual": 
 def run_of(name: str) -> tuple[RunConfig, Model, Path]:
     scenario, changes = CASES[name]
     if name == "residual" and not RESIDUAL.exists():
-        residual_of(load_model("panda"), near=0.2, far=0.8, dt=0.04).save(RESIDUAL)
+        panda = load_model("panda")
+        seen = {"surfaces": (*SURFACES, *moving(panda)), "sees_step": True}
+        residual_of(panda, near=0.2, far=0.8, dt=0.04, **seen).save(RESIDUAL)
     config, file = load_run(scenario)
     data = merged(config.model_dump(), {"dynamics": {"threads": 1}})
     data["settings"] = {}

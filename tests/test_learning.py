@@ -28,13 +28,7 @@ from mbctrl.learning.transitions import TransitionError, Transitions, concatenat
 SMALL = {"hidden": (32, 32), "members": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Train on one thread: results are the same wherever they are made, and small products are quicker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe_of(**changes: Any) -> LearningRecipe:

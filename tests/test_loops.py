@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
@@ -27,13 +26,7 @@ from mbctrl.learning.fit import LearningError
 from mbctrl.learning.loops import load_loop
 from mbctrl.learning.transitions import read_transitions
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL: dict[str, Any] = {"network": {"members": 2, "hidden": [16]}, "training": {"epochs": 15, "batch": 32, "validation": 0.4}}
@@ -181,7 +174,7 @@ def test_online_learns_while_the_trial_goes_on(tmp_path: Path, monkeypatch: pyte
         seen.append((made.seq, loop.controller))
         return made
 
-    loop._plan = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(loop, "_plan", watched)
     (trial,) = loop.run()
     assert calls == [29, 39, 49, 59] and trial.failures == 0 and len(trial.rewards) == 60
     assert [seq for seq, _ in seen] == [0] * 30 + list(range(1, 32))
@@ -220,7 +213,7 @@ def test_a_training_that_fails_leaves_the_last_good_model_in_charge(tmp_path: Pa
         learn(more)
         models.append((loop.path.read_bytes(), loop.controller))
 
-    loop.learn = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(loop, "learn", watched)
     (trial,) = loop.run()
     assert len(calls) == 4 and trial.failures == 2 and len(trial.rewards) == 60
     assert models[0] == models[1] == models[2] and models[3][0] != models[0][0] and models[3][1] is not models[0][1]
@@ -277,8 +270,7 @@ def test_a_pendulum_learned_online_stays_up_where_angles_are_encoded(tmp_path: P
         spec, recipe = load_loop(file, run)
         assert (spec.random, spec.every, spec.trials) == (100, 50, 1)
         network = recipe.network.model_copy(update={"encode_angles": encode})
-        training = recipe.training.model_copy(update={"seed": seed})
-        recipe = recipe.model_copy(update={"network": network, "training": training})
+        recipe = recipe.model_copy(update={"network": network})
         out = tmp_path / f"{seed}"
         Loop(run, file, spec, recipe, out).run()
         log = read_log(out / "trial-01" / "log.csv")

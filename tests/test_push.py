@@ -172,7 +172,7 @@ def test_a_pushed_box_moves_as_in_mujoco(push: Model) -> None:
     error = (ours - theirs)[7:10].abs()
     print("went", went.abs().amax(1), "median", error.median(1).values, "largest", error.amax(1))
     assert went[1].min() > 0.01 and went[2].abs().max() > 0.1
-    assert error[:2].max() < 4e-3 and error[2].max() < 0.06
+    assert error[:2].max() < 3e-3 and error[2].max() < 0.05
 
 
 def test_a_slowly_pushed_box_turns_as_on_a_limit_surface(push: Model) -> None:

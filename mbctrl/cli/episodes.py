@@ -11,7 +11,7 @@ from mbctrl.base.poses import rotation_from_quaternion
 from mbctrl.base.scene import JointGoal
 from mbctrl.dynamics.load import Model
 from mbctrl.planning.backends import analytic_of
-from mbctrl.planning.controller import scales_of, with_force
+from mbctrl.planning.controller import scales_of, thing_of, with_force
 from mbctrl.planning.objective import FeatureMap
 from mbctrl.planning.planner import Parameters
 from mbctrl.tasks.task import build_task
@@ -49,7 +49,9 @@ def rewards(config: RunConfig, model: Model, log: Log, best: float) -> np.ndarra
             ),
         )
         task = with_force(build_task(config.task, scales_of(model.robot)), config, None)
-        features = FeatureMap(model.robot, arm, config.obstacles)(rows(states), rows(u[:, :, None]), parameters)
+        features = FeatureMap(model.robot, arm, config.obstacles, thing_of(config, model))(
+            rows(states), rows(u[:, :, None]), parameters
+        )
         total = torch.full((len(u),), best, dtype=arm.dtype, device=arm.device)
         for cost in task.costs(features).values():
             total = total - torch.as_tensor(cost, dtype=arm.dtype, device=arm.device).expand(len(u), 1)[:, 0]

@@ -47,6 +47,7 @@ def train(recipe: str, logs: Sequence[str], out: Path) -> int:
         f"{len(every)} transitions: {len(training)} to learn from, {len(validation)} to stop by, {len(test)} to judge by; "
         f"{len(sets[0])}, {len(sets[1])} with the gate open",
         highlight=False,
+        soft_wrap=True,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -137,6 +138,9 @@ def _compared(residuals: dict[str, Any], arm: Model, every: Transitions, integra
     windows = windows_of(every)
     models = {name: learned_model(arm, residual, every.source.dt) for name, residual in residuals.items()}
     models["analytic"] = analytic_model(arm, every.source.dt, integrator)
+    beneath = next((residual.contact for residual in residuals.values() if residual.contact is not None), None)
+    if beneath is not None:
+        models["with its contact"] = analytic_model(arm, every.source.dt, integrator, beneath)
     return [open_loop(name, model, windows, arm) for name, model in models.items()]
 
 

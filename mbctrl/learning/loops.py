@@ -26,7 +26,8 @@ class LearnSpec(Spec):
     for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. A trial's return
     is the sum over its steps of ``best`` less what the task's terms cost [1/s].
 
-    ``model`` is a recipe of what is learnt without robot, time step and integrator, which are the scenario's.
+    ``model`` is a recipe of what is learnt without robot, time step and integrator, which are the scenario's; so is the seed of
+    its training, where it names none.
     """
 
     loop: Literal["once", "aggregate", "online"]
@@ -64,7 +65,9 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
         if key in spec.model:
             raise SpecError("the scenario says it already", file=file, key=f"learn.model.{key}")
     given = {"robot": config.robot, "dt": config.dynamics.dt, "integrator": config.dynamics.integrator}
-    recipe = validate(LearningRecipe, {**spec.model, **given}, file, "learn.model")
+    own = spec.model.get("training", {})
+    training = {"seed": config.seed, **own} if isinstance(own, Mapping) else own
+    recipe = validate(LearningRecipe, {**spec.model, **given, "training": training}, file, "learn.model")
     per_plan = config.loop.rate * config.dynamics.dt
     if abs(per_plan - 1) > 1e-6:
         raise SpecError(

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbctrl.base.errors import ExtraError
 from mbctrl.base.logs import Log
 from mbctrl.base.robot import Robot
-from mbctrl.report import replacing
-from mbctrl.report.plots import ALARM, COLOURS, FAINT, INK, STYLE, draw_joints
+from mbctrl.report.plots import ALARM, COLOURS, FAINT, INK, draw_joints, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,17 +34,7 @@ def plot_excitation(
     Errors:
         ExtraError: without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ExtraError('plots need matplotlib: pip install "mbctrl[sim]"') from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15.0, max(9.6, 2.0 + 0.145 * len(labels))), dpi=120, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    with sheet(path, title, (15.0, max(9.6, 2.0 + 0.145 * len(labels)))) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=(1.6, 1), wspace=0.02)
         draw_joints(left, log, robot)
         for axes in left.axes:
@@ -54,8 +42,6 @@ def plot_excitation(
                 axes.axvspan(*span, color=FAINT, alpha=0.15, lw=0)
         left.axes[0].set_title("grey: ramps from home and back", loc="right", fontsize=8, fontweight="normal")
         _draw_bars(right.subplots(), labels, relative, poor)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            canvas.print_png(file)
 
 
 def _draw_bars(axes: Axes, labels: Sequence[str], relative: np.ndarray, poor: float) -> None:

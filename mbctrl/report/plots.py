@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,29 @@ STYLE = {
 }
 
 
+@contextmanager
+def sheet(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield an empty figure of ``size`` [in] in the project's style, saved as a PNG afterwards, whole or not at all.
+
+    Errors:
+        ExtraError: without matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ExtraError('plots need matplotlib: pip install "mbctrl[sim]"') from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+        yield figure
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            canvas.print_png(file)
+
+
 def plot_run(log: Log, plans: Log, robot: Robot, path: Path, title: str) -> None:
     """Draw a run and save it as a PNG.
 
@@ -59,24 +83,12 @@ def plot_run(log: Log, plans: Log, robot: Robot, path: Path, title: str) -> None
     Errors:
         ExtraError: without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ExtraError('plots need matplotlib: pip install "mbctrl[sim]"') from None
-    with matplotlib.rc_context(STYLE):
-        rows = _side_panels(log, plans)
-        figure = Figure(figsize=(15.0 if rows else 9.5, 9.6), dpi=120, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    rows = _side_panels(log, plans)
+    with sheet(path, title, (15.0 if rows else 9.5, 9.6)) as figure:
         parts = figure.subfigures(1, 2, width_ratios=(1.25, 1), wspace=0.02) if rows else [figure]
         draw_joints(parts[0], log, robot)
         if rows:
             _draw_side(parts[1], rows)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            canvas.print_png(file)
 
 
 def _finite(log: Log, name: str) -> bool:

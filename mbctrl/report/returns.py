@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbctrl.base.errors import ExtraError
-from mbctrl.report import replacing
-from mbctrl.report.plots import COLOURS, FAINT, INK, STYLE
+from mbctrl.report.plots import COLOURS, FAINT, sheet
 
 
 def plot_returns(trials: Sequence[tuple[int, float, np.ndarray]], chance: float | None, path: Path, title: str) -> None:
@@ -24,17 +22,9 @@ def plot_returns(trials: Sequence[tuple[int, float, np.ndarray]], chance: float 
     Errors:
         ExtraError: without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ExtraError('plots need matplotlib: pip install "mbctrl[sim]"') from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.0), dpi=120, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    with sheet(path, title, (10.5, 4.0)) as figure:
+        from matplotlib.ticker import MaxNLocator  # an extra's; the sheet says so where it is missing
+
         left, right = figure.subplots(1, 2)
         left.plot([number for number, *_ in trials], [total for _, total, _ in trials], "o-", color=COLOURS[0], label="planned")
         if chance is not None:
@@ -46,5 +36,3 @@ def plot_returns(trials: Sequence[tuple[int, float, np.ndarray]], chance: float 
             late = (number - 1) / max(len(trials) - 1, 1)
             right.plot(np.arange(1, len(so_far) + 1), so_far, color=COLOURS[0], alpha=0.25 + 0.75 * late)
         right.set(title="return so far in a trial, the last one darkest", xlabel="step")
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            canvas.print_png(file)
