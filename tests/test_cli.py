@@ -76,6 +76,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys, monkey
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("scenario", "words", "said"),
+    [
+        (
+            "panda_reach_payload_sim",
+            ["--backend.payload.at", "7", "4"],
+            "--backend.payload: at: expected increasing times, found [7.0, 4.0]",
+        ),
+        ("panda_reach_sim", ["--planner.risk.weight", "2"], "--planner.risk: weight: is of kind deviation, found kind expectation"),
+        ("panda_reach_sim", ["--planner.samples", "0"], "--planner.samples: Input should be greater than or equal to 1, found 0"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(scenario, words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", scenario, *words]) == 2
+    assert capsys.readouterr().err == f"error: command line: {said}\n"
+
+
 def test_duplicate_key_names_file_and_line(tmp_path, capsys):
     path = tmp_path / "twice.yaml"
     path.write_text("robot: panda\nrobot: ur10e\n")

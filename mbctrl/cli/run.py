@@ -111,12 +111,15 @@ def _one_line(box: str) -> SpecError:
     """Return what tyro says in a box, over several lines, as an error of one line."""
     text = " ".join(re.sub(r"[─-╿]+|-{5,}", " ", box).split())
     fault = re.search(
-        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+)(?: .*?`)? (.*?) \[type=\w+, input_value=(.*?), input_type", text
+        r"Error parsing (\S+): \d+ validation errors? for \w+(?: (?!Value error)(\S+))?(?: .*?`)?"
+        r" (?:Value error, )?(.*?) \[type=\w+, input_value=(.*?), input_type",
+        text,
     )
     if fault:
         group, field, message, found = fault.groups()
-        key = field if group == "RunConfig" else f"{group}.{field}"
-        return SpecError(f"{message}, found {found}", file="command line", key="--" + re.split(r"\.`|\.\w+-", key)[0])
+        key = field if group == "RunConfig" else group if field is None else f"{group}.{field}"
+        told = message if ", found" in message else f"{message}, found {found}"  # of a rule over several fields it says itself
+        return SpecError(told, file="command line", key="--" + re.split(r"\.`|\.\w+-", key)[0])
     text = re.split(r"Argument helptext|For full helptext|Full helptext|Available subcommands", text)[0]
     text = re.sub(r" in mbctrl --help|Invalid choice (?=invalid)", "", text)
     return SpecError(
