@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from _common import Say, row
+from _pets import LAST, learned
 
 CARTPOLE, PENDULUM = "cartpole_pets_sim", "pendulum_online_sim"
 PEER_CPU = 0.56  # [s] a plan of mbrl-lib's PETS at 60 samples, 5 networks, 3 iterations, 25 steps: 22,500 network evaluations
@@ -21,7 +22,7 @@ PEER_RETURNS = {200: -3.9, 400: 2.8, 600: 35.9, 800: 75.3}  # its returns after 
 WANTED = 180.0  # of 200, within 10 trials
 PLANS = 30
 HIDDEN = {"as PETS', 3 x 200": (200, 200, 200), "as shipped, 2 x 64": (64, 64)}
-UPRIGHT, LAST = 0.3, 100  # [rad] off upright, in each of the last steps
+UPRIGHT = 0.3  # [rad] off upright, in each of the last steps
 
 
 def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     jobs += [(PENDULUM, seed, encode) for encode in (True, False) for seed in range(seeds)]
     results = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for job, result in zip(jobs, pool.map(_learned, jobs)):
+        for job, result in zip(jobs, pool.map(learned, jobs)):
             results.append(result)
             say(f"{len(results)} of {len(jobs)} loops, last: {job[0]} seed {job[1]}, return {result[0][-1]:.1f}")
     out += cartpole_rows(results[:seeds])
@@ -127,27 +128,3 @@ def _random_model(model: Any, hidden: tuple[int, ...], dt: float) -> Any:
         joints=model.robot.joints,
         base="identity",
     )
-
-
-def _learned(job: tuple[str, int, bool]) -> tuple[list[float], np.ndarray]:
-    """Run a scenario's loop; return its trials' returns and how far from upright the last steps were [rad] (the pendulum)."""
-    import torch
-
-    from mbctrl.base.config import load_run
-    from mbctrl.base.logs import read_log
-    from mbctrl.cli.loops import Loop
-    from mbctrl.learning.loops import load_loop
-
-    torch.set_num_threads(1)
-    name, seed, encode = job
-    config, file = load_run(name)
-    dynamics = config.dynamics.model_copy(update={"threads": 1})
-    config = config.model_copy(update={"seed": seed, "dynamics": dynamics})
-    spec, recipe = load_loop(file, config)
-    network = recipe.network.model_copy(update={"encode_angles": encode})
-    recipe = recipe.model_copy(update={"network": network})
-    with tempfile.TemporaryDirectory() as folder:
-        trials = Loop(config, file, spec, recipe, Path(folder) / "out").run()
-        log = read_log(Path(folder) / "out" / f"trial-{trials[-1].number:02d}" / "log.csv")
-    angle = log["q"][-LAST:, -1]
-    return [trial.reward for trial in trials], np.abs(angle % (2 * np.pi) - np.pi)
