@@ -92,7 +92,7 @@ def learned(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, s
     training = recipe.training.model_copy(update={"seed": seed, "test": 0.0})
     change: dict[str, Any] = {"training": training}
     if kind == "full":
-        network = recipe.network.model_copy(update={"sees_step": False})
+        network = recipe.network.model_copy(update={"acts_on": "joints"})
         change |= {"base": "identity", "surfaces": (), "contact": None, "network": network}
         change["training"] = training.model_copy(update={"weight_decay": 0.0})  # with it: 4.9 mm in place of 3.2
     elif kind == "residual":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mbctrl.base.config import ContactSpec
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.residual import Surface
 from mbctrl.learning.runs import source_of
@@ -14,11 +15,13 @@ from mbctrl.learning.transitions import Transitions, concatenate, made
 MASS, RADIUS, GRAVITY = 1.0, 0.01, 9.81  # [kg], [m], [m/s²]
 STIFFNESS, DAMPING = 2000.0, 30.0  # [N/m], [N·s/m]
 DT = 0.02  # [s]
+TOUCH = ContactSpec(tip="tip", radius=RADIUS, surface="floor", stiffness=0.0, damping=0.0, friction=0.0)
 FLOOR = Surface(name="floor", shape="plane", position=(0.0, 0.0, 0.0))
 XML = f"""\
 <mujoco model="peg">
   <option gravity="0 0 -{GRAVITY}"/>
   <worldbody>
+    <site name="floor"/>
     <body name="peg">
       <joint name="z" type="slide" axis="0 0 1" limited="true" range="-0.1 1.0"/>
       <geom type="sphere" size="{RADIUS}" mass="{MASS}"/>

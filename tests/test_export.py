@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_hybrid import TABLE as SURFACES
-from test_hybrid import moving, residual_of
+from test_hybrid import moving, residual_of, touch_of
 
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import BundleError, SpecError
@@ -53,7 +53,7 @@ def run_of(name: str) -> tuple[RunConfig, Model, Path]:
     scenario, changes = CASES[name]
     if name == "residual" and not RESIDUAL.exists():
         panda = load_model("panda")
-        seen = {"surfaces": (*SURFACES, *moving(panda)), "sees_step": True}
+        seen = {"surfaces": (*SURFACES, *moving(panda)), "acts_on": "contact", "contact": touch_of(panda)}
         residual_of(panda, near=0.2, far=0.8, dt=0.04, **seen).save(RESIDUAL)
     config, file = load_run(scenario)
     data = merged(config.model_dump(), {"dynamics": {"threads": 1}})

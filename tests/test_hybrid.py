@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mbctrl.base.config import RunConfig, load_run, merged
+from mbctrl.base.config import ContactSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
+from mbctrl.dynamics.contact import SEEN_OF_CONTACT, seen_of_contact
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.dynamics.residual import Residual, Surface, load_residual
+from mbctrl.dynamics.residual import Residual, Spread, Surface, load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.kernels.native import shared_pool
 from mbctrl.planning.compiled import kernel_dynamics, traced_residual
@@ -33,15 +34,17 @@ F64 = torch.float64
 
 def residual_of(model: Model, members: int = 3, hidden: tuple[int, ...] = (9, 5), **changes: Any) -> Residual:
     rng, n = np.random.default_rng(1), model.robot.nq
-    turning = sum(model.tree.revolute)
-    inputs = 2 * turning + (n - turning) + n + model.robot.nu + (n + 2 if changes.get("sees_step") else 0)
-    sizes = (inputs, *hidden, n)
+    turning, means = sum(model.tree.revolute), n
+    inputs = 2 * turning + (n - turning) + n + model.robot.nu
+    if changes.get("acts_on") == "contact":
+        inputs, means = SEEN_OF_CONTACT, 3
+    sizes = (inputs, *hidden, means)
     layers = tuple((rng.normal(0, a**-0.5, (members, b, a)), rng.normal(0, 0.1, (members, b))) for a, b in zip(sizes, sizes[1:]))
     parts: dict[str, Any] = {
         "activation": "tanh",
         "input_mean": rng.normal(0, 0.1, inputs),
         "input_scale": rng.uniform(0.5, 2, inputs),
-        "output_scale": rng.uniform(0.05, 0.2, n),
+        "output_scale": rng.uniform(0.05, 0.2, means),
         "surfaces": TABLE,
         "near": 0.05,
         "far": 0.3,
@@ -133,17 +136,27 @@ def test_kernels_have_the_same_residual(name: str, activation: str) -> None:
     np.testing.assert_allclose(half, hybrid.with_dt(0.01).rollout(x, u).numpy(), rtol=1e-6, atol=1e-8)
 
 
+def touch_of(model: Model) -> ContactSpec:
+    """Return a contact of the tool's link with one that is fixed, a slide or the world's, whichever the arm has."""
+    surface = {"panda_wipe": "table_top", "panda_push": "box_face"}.get(model.robot.name)
+    first = next(name for name, frame in model.tree.frames.items() if frame.link == 0)
+    free = {"stiffness": 0.0, "damping": 0.0, "friction": 0.0}
+    return ContactSpec(tip=model.robot.tool, radius=0.01, surface=surface or first, half=(0.2, 0.3), **free)
+
+
 def moving(model: Model) -> tuple[Surface, ...]:
     """Return a box on the first link, tilted as that is."""
     frame = next(name for name, frame in model.tree.frames.items() if frame.link == 0)
     return (Surface(name="lid", shape="box", position=(0.1, 0.2, 0.3), size=(0.1, 0.2, 0.05), frame=frame),)
 
 
-@pytest.mark.parametrize("name", ["panda", "panda_wipe", "arm2"])
-def test_kernels_see_the_same_step_and_surfaces_that_move(name: str) -> None:
+@pytest.mark.parametrize("name", ["panda", "panda_wipe", "panda_push"])
+@pytest.mark.parametrize("integrator", ["euler", "leapfrog"])
+def test_kernels_see_the_same_contact_and_surfaces_that_move(name: str, integrator: str) -> None:
     model = load_model(name)
-    residual = residual_of(model, sees_step=True, surfaces=moving(model), near=0.2, far=1.5)
-    base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, dtype=F64)
+    acts: dict[str, Any] = {"acts_on": "contact", "contact": touch_of(model), "integrator": integrator}
+    residual = residual_of(model, surfaces=moving(model), near=0.2, far=1.5, **acts)
+    base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, integrator=integrator, dtype=F64)
     hybrid = HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
     kernel = kernel_dynamics(base, CpuEngine(shared_pool(0), np.float64), traced_residual(hybrid))
     x, nu = 0.5 * states(model, 33), model.robot.nu
@@ -154,6 +167,85 @@ def test_kernels_see_the_same_step_and_surfaces_that_move(name: str) -> None:
     still = tuple(surface.model_copy(update={"frame": None}) for surface in residual.surfaces)
     blind = HybridDynamics(base, replace(residual, surfaces=still), model.tree.frames[model.robot.tool], capsule_obstacle)
     assert np.abs(blind.rollout(x, u).numpy() - hybrid.rollout(x, u).numpy()).max() > 1e-4
+
+
+def test_what_is_seen_of_a_contact_is_linear_algebra() -> None:
+    """Against numpy's solver, at random mobilities; and one that can only be moved along the normal is not divided by nothing."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        root = rng.normal(size=(3, 3))
+        mobility = root @ root.T + 0.1 * np.eye(3)
+        before, free, depth = rng.normal(size=3), rng.normal(size=3), rng.normal()
+        seen = seen_of_contact(depth, before, free, mobility)
+        stops = np.linalg.solve(mobility + 1e-3 * np.trace(mobility) * np.eye(3), free)
+        np.testing.assert_allclose(seen, [depth, *before, *stops, mobility[2, 2]], rtol=1e-9)
+    slide = seen_of_contact(0.0, np.zeros(3), np.array([0.0, 0.0, -3.0]), np.diag([0.0, 0.0, 2.0]))
+    np.testing.assert_allclose(slide[4:7], [0.0, 0.0, -1.5 / 1.001], rtol=1e-12)
+    assert len(seen) == len(slide) == SEEN_OF_CONTACT
+
+
+@pytest.mark.parametrize("integrator", ["euler", "leapfrog"])
+def test_impulses_act_at_the_contact(integrator: str) -> None:
+    """Rows by finite differences of the tip in the plate's axes; the step's matrix by pushing on single joints for a step."""
+    model = load_model("panda_wipe")
+    acts: dict[str, Any] = {"acts_on": "contact", "contact": touch_of(model), "integrator": integrator}
+    residual = residual_of(model, surfaces=TABLE, near=5.0, far=6.0, **acts)
+    tree = replace(model.tree, friction=np.zeros(8))  # friction is not linear in what is pushed
+    base = RigidBodyDynamics(tree, 0.02, integrator=integrator, dtype=F64)
+    tip, plate = model.tree.frames[model.robot.tool], model.tree.frames["table_top"]
+    hybrid = HybridDynamics(base, residual, tip, capsule_obstacle)
+    x, u = states(model, 5), torch.zeros(8, 5, dtype=F64)
+    seen = hybrid._sight(base, x, u)
+    middle = x[:8] + (0.01 * x[8:] if integrator == "leapfrog" else 0.0)
+
+    def place(q: torch.Tensor) -> torch.Tensor:
+        """Return the tip's lowest point in the plate's axes, (3, 5)."""
+        poses = base.poses(q)
+        rotation, position = base.frame(poses, plate)
+        return (rotation * (base.point(poses, tip.link, tip.position) - position)[:, None]).sum(0)
+
+    rows, response, step = torch.zeros(3, 8, 5, dtype=F64), torch.zeros(8, 8, 5, dtype=F64), 1e-6
+    for j in range(8):
+        more = torch.zeros(8, 5, dtype=F64)
+        more[j] = step
+        rows[:, j] = (place(middle + more) - place(middle - more)) / (2 * step)
+        response[:, j] = (base.step(x, 100 * more / step) - base.step(x, -100 * more / step))[8:] / (200 * 0.02)
+    # The rows are of the tip's lowest point, a radius under its centre, which moves with its link.
+    poses = base.poses(middle)
+    rotation, _ = base.frame(poses, plate)
+    angular = base.screws(torch.stack(poses.rotation), torch.stack(poses.position))[:, :, 0].permute(1, 0, 2)  # (3, 8, 5)
+    lever = -residual.contact.radius * rotation[:, 2]
+    moved = torch.linalg.cross(angular, lever[:, None].expand_as(angular), dim=0)
+    rows += (rotation[:, :, None] * moved[:, None]).sum(0)
+    torch.testing.assert_close(seen.answers, (response[:, :, None] * rows.transpose(0, 1)[None]).sum(1), rtol=1e-5, atol=1e-7)
+    after, physics = hybrid.step(x, u), base.step(x, u)
+    impulse = hybrid._summed(seen.inputs)
+    torch.testing.assert_close((after - physics)[8:], (seen.answers * impulse).sum(1), rtol=1e-9, atol=1e-12)
+    assert (after - physics)[8:].abs().min() > 0 and impulse.abs().min() > 0
+
+
+def test_deviations_of_impulses_are_those_of_joint_speeds() -> None:
+    """Variances through the answers, and what no impulse explains, with and without contact."""
+    model = load_model("panda_wipe")
+    contact = touch_of(model)
+    plain = residual_of(model, acts_on="contact", contact=contact, surfaces=TABLE, near=5.0, far=6.0)
+    rest = np.stack([np.linspace(0.01, 0.08, 8), np.linspace(0.1, 0.8, 8)])
+    spread = Spread(np.full(3, -6.0), np.full(3, 2.0), np.linspace(0.5, 2, 8), rest)
+    (w, b), rng = plain.layers[-1], np.random.default_rng(0)
+    last = np.concatenate([w, rng.normal(size=w.shape)], 1), np.concatenate([b, rng.normal(size=b.shape)], 1)
+    base = RigidBodyDynamics(model.tree, 0.02, dtype=F64)
+    tip = model.tree.frames[model.robot.tool]
+    hybrid = HybridDynamics(base, replace(plain, layers=(*plain.layers[:-1], last), spread=spread), tip, capsule_obstacle)
+    x, u = states(model, 60), torch.zeros(8, 60, dtype=F64)
+    x[7] = torch.linspace(-0.3, 0.6, 60)  # the plate, from below the tip to above it
+    mean, variance = hybrid.members(x, u)
+    seen = hybrid._sight(base, x, u)
+    assert seen.touching.any() and not seen.touching.all()
+    scale = torch.tensor(spread.scale)[:, None]
+    whole = variance.mean(0) + scale**2 * mean.var(0, correction=0) + torch.tensor(rest)[seen.touching.long()].T ** 2
+    torch.testing.assert_close(hybrid.deviation(x, u), seen.gate * whole.sqrt(), rtol=1e-9, atol=1e-12)
+    spread_out = (seen.answers**2 * torch.tensor(plain.output_scale)[:, None] ** 2).sum(1) * scale**2 * np.exp(2.0)
+    assert (variance <= spread_out * (1 + 1e-9)).all() and (variance >= spread_out * np.exp(-8.0) * 0.99).all()
 
 
 def test_a_surface_moves_with_its_frame(panda: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_hybrid import residual_of
+from test_hybrid import residual_of, touch_of
 
 from mbctrl.base.config import ContactSpec, RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
@@ -37,9 +37,10 @@ def arm2() -> Model:
 def with_variance(model: Model, **changes: Any) -> Residual:
     """Return a residual with as many outputs again, which say how sure it is."""
     plain, rng = residual_of(model, **changes), np.random.default_rng(7)
-    (w, b), n = plain.layers[-1], model.tree.n
+    (w, b), n, means = plain.layers[-1], model.tree.n, len(plain.output_scale)
     last = np.concatenate([w, rng.normal(size=w.shape)], 1), np.concatenate([b, rng.normal(size=b.shape)], 1)
-    spread = Spread(np.full(n, -6.0), np.full(n, 2.0), np.linspace(0.5, 2, n))
+    rest = np.zeros((2, n)) if plain.acts_on == "joints" else rng.uniform(0.001, 0.01, (2, n))
+    spread = Spread(np.full(means, -6.0), np.full(means, 2.0), np.linspace(0.5, 2, n), rest)
     return replace(plain, layers=(*plain.layers[:-1], last), spread=spread)
 
 
@@ -47,7 +48,14 @@ def identity(model: Model) -> Residual:
     return replace(residual_of(model), base="identity", surfaces=())
 
 
-@pytest.mark.parametrize("make", [residual_of, with_variance, identity], ids=["means", "variances", "identity"])
+def at_contact(model: Model) -> Residual:
+    return with_variance(model, acts_on="contact", contact=touch_of(model))
+
+
+MADE = {"means": residual_of, "variances": with_variance, "identity": identity, "contact": at_contact}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_a_file_holds_all_of_it(arm2: Model, tmp_path: Path, make: Callable[[Model], Residual]) -> None:
     path = tmp_path / "model.npz"
     written = replace(make(arm2), seed=5, versions={"mbctrl": "0.1.0"}, encode_angles=True, integrator="leapfrog")
@@ -75,8 +83,10 @@ def edited(path: Path, arrays: dict[str, Any] | None = None, drop: str | None = 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format: expected format 1, found 2"),
-        ({"format": None}, "format: expected format 1, found None"),
+        ({"format": 1}, "format: expected format 2, found 1"),
+        ({"format": None}, "format: expected format 2, found None"),
+        ({"acts_on": "feet"}, "acts_on: expected one of joints, contact, found 'feet'"),
+        ({"acts_on": "contact"}, "layers: expected 8 inputs and 3 outputs, found 8 and 2"),
         ({"robot": "panda"}, "robot: expected a model of 'arm2', found one of 'panda'"),
         ({"joints": ["elbow", "shoulder"]}, "joints: expected .'shoulder', 'elbow'., found .'elbow', 'shoulder'."),
         ({"activation": "gelu"}, "activation: expected one of tanh, silu, relu, found 'gelu'"),
@@ -113,6 +123,26 @@ def test_no_model_at_all_is_one_line(arm2: Model, tmp_path: Path, content: bytes
         load_residual(path, arm2.robot, arm2.tree.revolute)
     with pytest.raises(SpecError, match="is no learned model"):
         peek(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contact": None}, "contact: expected a contact of the analytic model to act on, found none"),
+        ({"base": "identity"}, "contact: expected a contact of the analytic model to act on, found none"),
+        ({"contact": {"tip": "tcp"}}, "contact.*missing"),
+        ({"acts_on": "joints"}, "layers: expected 8 inputs and 4 outputs, found 8 and 6"),
+        ({"arrays": {"spread": np.ones((2, 2))}}, "spread"),
+        ({"arrays": {"bounds": np.ones((2, 2))}}, "spread: expected bounds of 3 numbers and spreads of 2"),
+    ],
+)
+def test_what_acts_on_a_contact_needs_one(arm2: Model, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "model.npz"
+    at_contact(arm2).save(path)
+    edited(path, **change)
+    with pytest.raises(SpecError, match=message) as caught:
+        load_residual(path, arm2.robot, arm2.tree.revolute)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_a_pickle_is_never_opened(arm2: Model, tmp_path: Path) -> None:

@@ -102,6 +102,16 @@ def test_whole_episodes_are_held_out_by_seed(some: Transitions) -> None:
         list(split(some.take(some.episode < 2), (0.2, 0.2), seed=0))
 
 
+def test_held_out_episodes_touch_as_often_as_others(some: Transitions) -> None:
+    """Of 6 episodes 2 touch: one of them is held out for validation and not both, by any seed."""
+    some = replace(some, contact=np.isin(some.episode, (1, 4)))
+    for seed in range(20):
+        training, validation, test = split(some, (0.3, 0.3), seed)
+        touching = [len(np.unique(part.episode[part.contact])) for part in (training, validation, test)]
+        assert [len(np.unique(part.episode)) for part in (training, validation, test)] == [2, 2, 2]
+        assert touching[1] == 1 and sum(touching) == 2
+
+
 def test_long_episodes_are_cut(some: Transitions) -> None:
     pieces = cut(some, 0.3)
     counts = np.bincount(pieces.episode)
@@ -148,7 +158,7 @@ def test_a_run_that_touches_says_when(tmp_path: Path) -> None:
     from mbctrl.cli.session import Session
 
     config, file = load_run("panda_wipe_sim")
-    quick = {"duration": 2.0, "planner": {"samples": 64}, "dynamics": {"backend": "kernel"}}
+    quick = {"duration": 3.0, "planner": {"samples": 64}, "dynamics": {"backend": "kernel"}}
     session = Session(RunConfig.model_validate(merged(config.model_dump(), quick)), file, lockstep=True)
     session.run(tmp_path / "run")
     found = from_run(tmp_path / "run" / "log.csv", source_of(session.robot, session.model.tree.revolute, 0.02))

@@ -23,6 +23,9 @@ from mbctrl.dynamics.tree import Frame, RigidTree
 
 PARAMETERS = ("stiffness", "damping", "friction")
 _TINY = 1e-9  # [m] or [m/s]: nothing
+_SOFT = 1e-3
+SEEN_OF_CONTACT = 8
+"""How many inputs networks have that act on a contact."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,32 @@ def contact_force(contact: Contact, depth: Any, free: Any, mobility: Any, h: Any
     scale = -rate / (a * c - b * b)
     fx, fy = scale * (c * x - b * y), scale * (a * y - b * x)
     return fx, fy, _positive(normal - share * (mobility[0][2] * fx + mobility[1][2] * fy))
+
+
+def seen_of_contact(depth: Any, before: Any, free: Any, mobility: Any) -> list[Any]:
+    """Return what networks see of a contact, SEEN_OF_CONTACT values.
+
+    How deep the tip is in the surface [m]; along the surface's axes their relative velocity before a step [m/s], and the impulse
+    that would leave none after it [N·s]; the mobility along the normal [1/kg].
+
+    Args:
+        depth: where the step takes its forces [m].
+        before, free: (3) the relative velocity before the step and at its end [m/s].
+        mobility: (3)(3) symmetric [1/kg]; a thousandth of its trace is added to it, where an arm cannot move every way.
+    """
+    (a, b, c), (_, d, e), (_, _, f) = mobility
+    soft = _SOFT * (a + d + f)
+    # L D Lᵀ, then what stops along z, y and x.
+    first = 1.0 / (a + soft)
+    lb, lc = b * first, c * first
+    second = 1.0 / (d + soft - lb * b)
+    le = (e - lb * c) * second
+    third = 1.0 / (f + soft - lc * c - le * (e - lb * c))
+    y = free[1] - lb * free[0]
+    pz = (free[2] - lc * free[0] - le * y) * third
+    py = y * second - le * pz
+    px = free[0] * first - lb * py - lc * pz
+    return [depth, *before, px, py, pz, f]
 
 
 def offset_velocity(screw: Any, point: Any) -> tuple[Any, Any, Any]:

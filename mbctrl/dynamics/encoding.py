@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mbctrl.dynamics.actuation import Torque
+from mbctrl.dynamics.contact import Contact, seen_of_contact
 from mbctrl.dynamics.gate import Gate
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.dynamics.touch import Touch
 
 
 class Encoding:
@@ -39,34 +43,63 @@ class Encoding:
         return torch.cat([part for part in parts if len(part)])
 
 
+class Seen(NamedTuple):
+    """What a step looks like before anything learnt is added to it.
+
+    ``after``: the state (nx, N) after the analytic step, None without physics; ``gate``: g (N,); ``inputs`` (inputs, N);
+    ``answers`` (nv, 3, N): the joint speeds that unit impulses at the contact give, ``touching`` (N,): whether it is closed at the
+    step's end without any; None where networks act on joints.
+    """
+
+    after: Tensor | None
+    gate: Tensor
+    inputs: Tensor
+    answers: Tensor | None = None
+    touching: Tensor | None = None
+
+    def lifted(self, values: Tensor) -> Tensor:
+        """Return the joint speeds (..., nv, N) of what networks give, (..., outputs, N)."""
+        if self.answers is None:
+            return values
+        return (self.answers * values[..., None, :, :]).sum(-2)
+
+    def spread_out(self, variances: Tensor) -> Tensor:
+        """Return the variances (..., nv, N) of joint speeds, of those of what networks give, (..., outputs, N)."""
+        if self.answers is None:
+            return variances
+        return (self.answers.square() * variances[..., None, :, :]).sum(-2)
+
+
 class Sight:
     """What networks see of a step, and how far the gate is open in it; the one of training, planning in torch and export.
+
+    Networks that act on joints see an ``Encoding``; those that act on a contact ``seen_of_contact`` alone, and so nothing of
+    where it is.
 
     Args:
         base: the analytic arm.
         gate: where the networks count; None: everywhere, without physics beneath.
         angles: as ``Encoding``.
-        step: the networks see the analytic step, too: its change of velocity (nv,), that of ``dt`` [s], and the gap before and
-            after it [m]. What stops the arm at a surface is nearly a linear function of how fast it would have gone on.
+        contact: what networks give impulses to; None: they give joint speeds.
         dt: the time step [s] the networks were fitted for.
     """
 
-    def __init__(self, base: RigidBodyDynamics, gate: Gate | None, angles: bool, step: bool, dt: float) -> None:
-        self.gate, self.encode, self._step, self._dt = gate, Encoding(base, angles), step, dt
+    def __init__(self, base: RigidBodyDynamics, gate: Gate | None, angles: bool, contact: Contact | None, dt: float) -> None:
+        self.gate, self.encode, self._contact, self._dt = gate, Encoding(base, angles), contact, dt
 
-    def __call__(self, base: RigidBodyDynamics, x: Tensor, u: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return the state (nx, N) after the analytic step (None: there is no physics), g (N,) and the inputs (inputs, N).
-
-        Args:
-            base: the analytic arm, of any time step.
-            x: (nx, N).
-            u: (nu, N).
-        """
-        inputs, n = self.encode(x, u), base.nq
+    def __call__(self, base: RigidBodyDynamics, x: Tensor, u: Tensor) -> Seen:
+        """Return what is seen of a step of ``base``, the analytic arm, of any time step, from ``x`` (nx, N) under ``u`` (nu, N)."""
+        n = base.nq
         if self.gate is None:
-            return None, torch.ones_like(x[0]), inputs
-        after = base.step(x, u)
-        gaps = self.gate.gaps(x[:n], after[:n])
-        if self._step:
-            inputs = torch.cat((inputs, (after[n:] - x[n:]) * (self._dt / base.dt), gaps))
-        return after, self.gate.open(gaps.amin(0)), inputs
+            return Seen(None, torch.ones_like(x[0]), self.encode(x, u))
+        after, matrix, middle = base.moved(x, u)
+        gate = self.gate.open(self.gate.gaps(x[:n], after[:n]).amin(0))
+        if self._contact is None:
+            return Seen(after, gate, self.encode(x, u))
+        touch, part = Touch(base, self._contact, middle), self._dt / base.dt
+        answers, rows = touch.answers(matrix), touch.rows
+        before, change = (rows * x[n:]).sum(1), (rows * ((after[n:] - x[n:]) * part)).sum(1)  # (3, N)
+        mobility = (rows[:, :, None] * answers[None]).sum(1)  # (3, 3, N)
+        free = before + change
+        touching = touch.depth - base.lead * part * free[2] > 0
+        return Seen(after, gate, torch.stack(seen_of_contact(touch.depth, before, free, mobility)), answers, touching)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbctrl.dynamics.encoding import Sight
+from mbctrl.dynamics.contact import declared
+from mbctrl.dynamics.encoding import Seen, Sight
 from mbctrl.dynamics.gate import Gate
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
@@ -40,10 +41,11 @@ class HybridDynamics:
         self._heads = self._tensor(w), self._tensor(b)[:, :, None]
         gated = residual.base == "analytic"
         self.gate = Gate(base, tool, residual.surfaces, residual.near, residual.far, distance) if gated else None
-        self._sight = Sight(base, self.gate, residual.encode_angles, residual.sees_step, residual.dt)
+        contact = declared(residual.contact, base.tree, key="contact") if residual.acts_on == "contact" else None
+        self._sight = Sight(base, self.gate, residual.encode_angles, contact, residual.dt)
         self._scale = self._tensor(residual.output_scale)[:, None]
         spread = residual.spread
-        self._spread = spread and replace(spread, **{k: self._tensor(value)[:, None] for k, value in vars(spread).items()})
+        self._spread = spread and replace(spread, **{k: self._tensor(value)[..., None] for k, value in vars(spread).items()})
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, float), dtype=self.dtype, device=self.device)
@@ -78,7 +80,8 @@ class HybridDynamics:
 
     def missed(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the velocity the base misses in a step of ``residual.dt``, ungated, (nv, N) [rad/s]."""
-        return self._summed(self._sight(self.base, x, u)[2])
+        seen = self._sight(self.base, x, u)
+        return seen.lifted(self._summed(seen.inputs))
 
     def _summed(self, inputs: Tensor) -> Tensor:
         w, b = self._sum  # S over E is in it
@@ -87,43 +90,45 @@ class HybridDynamics:
     def members(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return each member's mean [rad/s] and variance [rad²/s²] of what the base misses, ungated, (E, nv, N) each.
 
-        Variances are 0 where the networks give means only.
+        Variances are 0 where the networks give means only, and without what they cannot explain.
         """
-        return self._each(self._sight(self.base, x, u)[2])
+        return self._each(self._sight(self.base, x, u))
 
-    def _each(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        w, b = self._heads
-        y = torch.matmul(w, self._before_last(inputs)) + b
-        mean = self._scale * y[:, : self.nq]
+    def _each(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        (w, b), outputs = self._heads, len(self._scale)
+        y = torch.matmul(w, self._before_last(seen.inputs)) + b
+        mean = seen.lifted(self._scale * y[:, :outputs])
         if self._spread is None:
             return mean, torch.zeros_like(mean)
-        log = self._spread.bounded(y[:, self.nq :], torch.nn.functional.softplus)
-        return mean, (self._scale * self._spread.scale) ** 2 * log.exp()
+        log = self._spread.bounded(y[:, outputs:], torch.nn.functional.softplus)
+        return mean, self._spread.scale**2 * seen.spread_out(self._scale**2 * log.exp())
 
     def deviation(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the standard deviation (nv, N) [rad/s] of the velocity after a step: the members' own and their disagreement."""
-        _, gate, inputs = self._sight(self.base, x, u)
-        mean, variance = self._each(inputs)
+        seen = self._sight(self.base, x, u)
+        mean, variance = self._each(seen)
         disagreement = mean.var(0, correction=0)
         if self._spread is not None:
             disagreement = disagreement * self._spread.scale**2  # the whole deviation was scaled so that intervals cover
-        return gate * (variance.mean(0) + disagreement).sqrt() * (self.dt / self.residual.dt)
+            if seen.touching is not None:
+                disagreement = disagreement + torch.where(seen.touching, self._spread.rest[1], self._spread.rest[0]) ** 2
+        return seen.gate * (variance.mean(0) + disagreement).sqrt() * (self.dt / self.residual.dt)
 
     def step_gate(self, x: Tensor, u: Tensor) -> Tensor:
         """Return g (N,) of a step: the larger one of before and, by the base, after it."""
-        return self._sight(self.base, x, u)[1]
+        return self._sight(self.base, x, u).gate
 
     def step(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the state (nx, N) one step after ``x`` under ``u`` (nu, N)."""
         n, part = self.nq, self.dt / self.residual.dt
-        after, gate, inputs = self._sight(self.base, x, u)
-        if after is None:
-            v = x[n:] + self._summed(inputs) * part
+        seen = self._sight(self.base, x, u)
+        found = self._summed(seen.inputs)
+        if seen.after is None:
+            v = x[n:] + found * part
             return torch.cat((x[:n] + self.dt * v, v))
         # Nothing times what is not a number is not nothing: far away the physics is all there is.
-        more = torch.where(gate > 0, gate * self._summed(inputs), torch.zeros((), dtype=self.dtype)) * part
-        drift = 0.5 * self.dt if self.base.integrator == "leapfrog" else self.dt  # how long the new v moves q
-        return torch.cat((after[:n] + drift * more, after[n:] + more))
+        more = seen.lifted(torch.where(seen.gate > 0, seen.gate * found, torch.zeros((), dtype=self.dtype))) * part
+        return torch.cat((seen.after[:n] + self.base.lead * more, seen.after[n:] + more))
 
     def rollout(self, x0: Tensor, u: Tensor) -> Tensor:
         """Return states (H+1, nx, N) from ``x0`` (nx, N) under ``u`` (H, nu, N)."""

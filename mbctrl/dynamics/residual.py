@@ -5,6 +5,9 @@ is learned is the velocity the physics missed, which integrates into position as
 that it never tears q from v. e encodes every angle as sine and cosine. g is 1 at contact and exactly 0 farther away than
 ``far``, where the physics is all there is.
 
+Where it ``acts_on`` a contact, r is the impulse on the tip there along the surface's axes, and S also what joint speeds that gives:
+M⁻¹ Jᵀ, with the step's own matrix M. Such a law holds wherever the surface is touched, and does what a force can do only.
+
 With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h v'``, and g is 1 everywhere.
 """
 
@@ -28,11 +31,13 @@ from mbctrl.base.files import write_whole
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import Spec, validate
+from mbctrl.dynamics.contact import SEEN_OF_CONTACT
 from mbctrl.dynamics.tree import Frame, RigidTree
 
 ACTIVATIONS = ("tanh", "silu", "relu")
 BASES = ("analytic", "identity")
-FORMAT = 1
+TARGETS = ("joints", "contact")
+FORMAT = 2
 """Version of the file's layout."""
 _VECTORS = ("input_mean", "input_scale", "output_scale")
 _SCALARS = ("near", "far", "dt")
@@ -68,15 +73,17 @@ def frame_of(surface: Surface, tree: RigidTree) -> Frame | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """How sure an ensemble is: bounds (nv,) of the logarithm of the variance that its second half of outputs gives, in units of
-    ``output_scale``², and ``scale`` (nv,), by which the standard deviation is multiplied so that intervals cover."""
+    """How sure an ensemble is: bounds (means,) of the logarithm of the variance that its second half of outputs gives, in units of
+    ``output_scale``². Of joint speeds: ``scale`` (nv,), by which the standard deviation that networks promise is multiplied so
+    that intervals cover, and ``rest`` (2, nv) [rad/s], that of what they cannot explain, without contact and in it."""
 
     lowest: np.ndarray
     highest: np.ndarray
     scale: np.ndarray
+    rest: np.ndarray
 
     def bounded(self, raw: Any, softplus: Any) -> Any:
-        """Return the log-variance, softly within its bounds, of what the networks say, (…, nv, N) or (…, nv) as the bounds are."""
+        """Return the log-variance (…, means, N) or (…, means), softly within its bounds, of what the networks say."""
         upper = self.highest - softplus(self.highest - raw)
         return self.lowest + softplus(upper - self.lowest)
 
@@ -88,21 +95,21 @@ class Residual:
     Args:
         layers: (W (E, out, in), b (E, out)) of each layer, an activation after each but the last; inputs are
             [sin, cos of each revolute joint; q of each prismatic; v; u], of u minus the commanded joints' q where it is a
-            reference, then what ``sees_step`` adds; outputs (nv,), or (2 nv,) with ``spread``: means, then what log-variances
-            are made of.
+            reference, or SEEN_OF_CONTACT; outputs are means, (nv,) or (3,), and with ``spread`` as many again, what
+            log-variances are made of.
         activation: tanh, silu or relu.
         input_mean, input_scale: (inputs,) subtracted from, then divided out of, the inputs.
-        output_scale: (nv,) S [rad/s].
+        output_scale: (means,) of S [rad/s] or [N·s].
         near, far: g is 1 up to ``near`` [m] and 0 from ``far`` [m] on, smooth between.
         dt: the time step [s] it was fitted for; another one scales with it.
         robot, joints: whose it is, its joints in order.
         surfaces: what the gate measures the distance of the tool's capsules to; none where ``base`` is identity.
         base: ``analytic`` or ``identity``.
         spread: None for networks that give means only.
-        sees_step: networks are given the analytic step, too: its change of velocity (nv,) and the gap before and after it.
+        acts_on: ``joints``, or ``contact``: its tip and surface.
         encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
         integrator: of the analytic model it was learnt on top of.
-        contact: that model's; None: it lets everything through.
+        contact: that model's; None: there is none.
         seed: of the training.
         versions: of the programs that made it.
     """
@@ -120,7 +127,7 @@ class Residual:
     surfaces: tuple[Surface, ...] = ()
     base: str = "analytic"
     spread: Spread | None = None
-    sees_step: bool = False
+    acts_on: str = "joints"
     encode_angles: bool = True
     integrator: str = "euler"
     contact: ContactSpec | None = None
@@ -158,14 +165,15 @@ class Residual:
         for k, (w, b) in enumerate(self.layers):
             arrays[f"w{k}"], arrays[f"b{k}"] = w, b
         if self.spread is not None:
-            arrays["spread"] = np.stack([self.spread.lowest, self.spread.highest, self.spread.scale])
+            arrays["bounds"] = np.stack([self.spread.lowest, self.spread.highest])
+            arrays["spread"] = np.vstack([self.spread.scale, self.spread.rest])
         about = {
             "format": FORMAT,
             "robot": self.robot,
             "joints": list(self.joints),
             "base": self.base,
             "activation": self.activation,
-            "sees_step": self.sees_step,
+            "acts_on": self.acts_on,
             "encode_angles": self.encode_angles,
             "integrator": self.integrator,
             "contact": self.contact and self.contact.model_dump(mode="json"),
@@ -259,7 +267,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Path) -> Residual:
     count = sum(name.startswith("w") for name in arrays)
     identity = about["base"] == "identity"
-    spread = Spread(*arrays["spread"].astype(float)) if "spread" in arrays else None
+    spread = None
+    if "spread" in arrays:
+        cover = arrays["spread"].astype(float)
+        spread = Spread(*arrays["bounds"].astype(float), cover[0], cover[1:])
     return Residual(
         tuple((arrays[f"w{k}"], arrays[f"b{k}"]) for k in range(count)),
         about["activation"],
@@ -270,7 +281,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         surfaces=() if identity else validate(Surfaces, {"surfaces": about["surfaces"]}, path).surfaces,
         base=about["base"],
         spread=spread,
-        sees_step=bool(about["sees_step"]),
+        acts_on=str(about["acts_on"]),
         encode_angles=bool(about["encode_angles"]),
         integrator=str(about["integrator"]),
         contact=None if about["contact"] is None else validate(ContactSpec, about["contact"], path, "contact"),
@@ -282,23 +293,28 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
 def _check(residual: Residual, path: str | Path, revolute: tuple[bool, ...], commands: int) -> None:
     """Refuse what does not fit together; what is multiplied with what, and positive scales."""
     n, turning = len(revolute), sum(revolute)
-    inputs = n + commands + (2 * turning + (n - turning) if residual.encode_angles else n) + (n + 2 if residual.sees_step else 0)
-    outputs = n if residual.spread is None else 2 * n
+    inputs, means = n + commands + (2 * turning + (n - turning) if residual.encode_angles else n), n
+    if residual.acts_on == "contact":
+        inputs, means = SEEN_OF_CONTACT, 3
+    outputs = means if residual.spread is None else 2 * means
     sizes = [inputs, *(w.shape[1] for w, _ in residual.layers if w.ndim == 3)]
     shapes = [(w.shape, b.shape) for w, b in residual.layers]
     expected = [((residual.members, b, a), (residual.members, b)) for a, b in zip(sizes, sizes[1:])] if residual.layers else []
     if not expected or shapes != expected or sizes[-1] != outputs:
         found = (residual.layers[0][0].shape[-1], sizes[-1]) if residual.layers else (0, 0)
         raise SpecError(f"expected {inputs} inputs and {outputs} outputs, found {found[0]} and {found[1]}", file=path, key="layers")
-    for key, known in (("activation", ACTIVATIONS), ("base", BASES)):
+    for key, known in (("activation", ACTIVATIONS), ("base", BASES), ("acts_on", TARGETS)):
         if getattr(residual, key) not in known:
             raise SpecError(f"expected one of {', '.join(known)}, found '{getattr(residual, key)}'", file=path, key=key)
-    for key, size in (("input_mean", inputs), ("input_scale", inputs), ("output_scale", n)):
+    if residual.acts_on == "contact" and (residual.base != "analytic" or residual.contact is None):
+        raise SpecError("expected a contact of the analytic model to act on, found none", file=path, key="contact")
+    for key, size in (("input_mean", inputs), ("input_scale", inputs), ("output_scale", means)):
         values = getattr(residual, key)
         if values.shape != (size,) or (key.endswith("scale") and not (values > 0).all()):
             raise SpecError(f"expected {size} numbers, scales above 0, found {values.tolist()}", file=path, key=key)
     if not residual.dt > 0 or (residual.base == "analytic" and not residual.near < residual.far):
         found = f"dt {residual.dt:g} s, near {residual.near:g} m, far {residual.far:g} m"
         raise SpecError(f"expected a time step above 0 and near below far, found {found}", file=path)
-    if residual.spread is not None and any(part.shape != (n,) for part in vars(residual.spread).values()):
-        raise SpecError(f"expected 3 rows of {n} numbers", file=path, key="spread")
+    shapes = {"lowest": (means,), "highest": (means,), "scale": (n,), "rest": (2, n)}
+    if residual.spread is not None and any(part.shape != shapes[name] for name, part in vars(residual.spread).items()):
+        raise SpecError(f"expected bounds of {means} numbers and spreads of {n}", file=path, key="spread")

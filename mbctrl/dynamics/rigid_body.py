@@ -34,6 +34,15 @@ class Poses(NamedTuple):
     position: list[Tensor]
 
 
+class Moved(NamedTuple):
+    """A step: the state ``after`` it (nx, N), the ``matrix`` (n, n, N) an impulse on the joints is divided by in it, servos and
+    friction included, and ``middle``, the positions (n, N) where forces were taken."""
+
+    after: Tensor
+    matrix: Tensor
+    middle: Tensor
+
+
 class Terms(NamedTuple):
     """The equation of motion ``M a + bias + gravity = tau``: (n, n, N), (n, N), (n, N); bias is without gravity.
 
@@ -250,6 +259,10 @@ class RigidBodyDynamics:
 
     def step(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the state (nx, N) one step after ``x`` = [q, v] under commands ``u`` (nu, N)."""
+        return self.moved(x, u).after
+
+    def moved(self, x: Tensor, u: Tensor) -> Moved:
+        """Return ``step``, and what it was made of."""
         h, n = self.dt, self.nq
         q, v = x[:n], x[n:]
         middle = q + (0.5 * h) * v if self.integrator == "leapfrog" else q
@@ -258,7 +271,7 @@ class RigidBodyDynamics:
         drag = h * self._damping + torch.diagonal(terms.mass_matrix, dim1=0, dim2=1).T
         torque, servo_drag = self._effort(q, v, u, terms, load, drag)
         load, drag = load + torque, drag + servo_drag
-        touch = Touch(self, self.contact, middle, h if middle is q else 0.5 * h) if self.contact and self.contact.pushes else None
+        touch = Touch(self, self.contact, middle) if self.contact and self.contact.pushes else None
         if self._has_friction:
             # Friction at the speed the joint is about to have (a diagonal estimate, friction's own pull included, of
             # its straight-line form clip(v / vs)): it sticks and slides at any h.
@@ -270,7 +283,12 @@ class RigidBodyDynamics:
         solved = _solve(matrix, load) if touch is None else touch.solve(matrix, load, v)
         v = v + h * solved
         q = middle + (0.5 * h) * v if self.integrator == "leapfrog" else q + h * v
-        return torch.cat((q, v))
+        return Moved(torch.cat((q, v)), matrix, middle)
+
+    @property
+    def lead(self) -> float:
+        """How long before a step's end its forces are taken [s]."""
+        return 0.5 * self.dt if self.integrator == "leapfrog" else self.dt
 
     def _effort(self, q: Tensor, v: Tensor, u: Tensor, terms: Terms, load: Tensor, drag: Tensor) -> tuple[Tensor, Tensor]:
         """Return the total actuator torque within its limits and its implicit part, on all joints, (nv, N) each."""

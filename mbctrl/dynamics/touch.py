@@ -17,15 +17,14 @@ class Touch:
         dynamics: the arm, ``RigidBodyDynamics``, for its links' poses.
         contact: what may touch.
         q: (nq, N) where the step takes its forces.
-        lead: how much later the step ends [s].
 
     Attributes:
         depth: (N,) [m].
         rows: (3, n, N) joint speeds to the relative velocity along the surface's x, y, z.
     """
 
-    def __init__(self, dynamics: Any, contact: Contact, q: Tensor, lead: float) -> None:
-        self.contact, self._h, self._lead = contact, dynamics.dt, lead
+    def __init__(self, dynamics: Any, contact: Contact, q: Tensor) -> None:
+        self.contact, self._h, self._lead = contact, dynamics.dt, dynamics.lead
         poses = dynamics.poses(q)
         tip = dynamics.point(poses, contact.tip.link, contact.tip.position)
         rotation, position = dynamics.frame(poses, contact.surface)
@@ -41,6 +40,10 @@ class Touch:
         normal = self.rows[2]
         free, mobility = (normal * (v + self._h * load / drag)).sum(0), (normal * normal / drag).sum(0)
         return normal * normal_force(self.contact, self.depth, free, mobility, self._h, self._lead)[0]
+
+    def answers(self, matrix: Tensor) -> Tensor:
+        """Return what joint speeds (n, 3, N) unit impulses along the surface's axes give; ``matrix`` (n, n, N) is the step's."""
+        return solve_columns(matrix, self.rows.transpose(0, 1))
 
     def solve(self, matrix: Tensor, load: Tensor, v: Tensor) -> Tensor:
         """Return the acceleration (n, N) under ``load`` (n, N) and the contact's force, of a step from ``v`` (n, N)."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from mbctrl.dynamics.contact import declared, seen_of_contact
 from mbctrl.dynamics.residual import Residual, frame_of
 from mbctrl.dynamics.tree import Frame
 from mbctrl.kernels.graph import Graph, minimum
 from mbctrl.kernels.network import Network
 from mbctrl.kernels.rigid_body import Array, frame_in_world
-from mbctrl.kernels.step import TracedStep
+from mbctrl.kernels.step import Stepped, TracedStep
+from mbctrl.kernels.touch import TracedTouch
 from mbctrl.tasks.algebra import clip01
 from mbctrl.tasks.distance import capsule_obstacle
 
@@ -43,29 +45,45 @@ class TracedResidual:
         return [TracedResidual(self.residual.member(e), self._capsules, self._tool) for e in range(self.residual.members)]
 
     def __call__(
-        self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, v_after: Array | None
+        self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, stepped: Stepped | None
     ) -> Array:
-        """Return the velocity to add (n,), from state and angles before the analytic step, and angles and velocity after it.
+        """Return the velocity to add (n,), from state and angles before the analytic step, the angles after it, and the step.
 
         These two are not looked at by a model that stands alone, which has no gate.
         """
+        part = step.h * (1.0 / self.residual.dt)
+        gate, answers = 1.0 if self.alone else self._gate(step, before, after), None
+        if stepped is not None and self.residual.acts_on == "contact":
+            inputs, answers = self._contact(step, v, stepped)
+        else:
+            inputs = self._encoded(step, q, v, u, before)
+        total: Any = 0.0
+        for k, network in enumerate(self.networks):
+            total = total + graph.network(k, network, inputs, gate)
+        return (total if answers is None else answers @ total) * part
+
+    def _encoded(self, step: TracedStep, q: Array, v: Array, u: Array, before: Any) -> list[Any]:
+        """Return what networks see that act on joints."""
         angle, sine, cosine = before
         turning = [i for i in range(step.arm.n) if step.arm.tree.revolute[i]]
         sliding = [i for i in range(step.arm.n) if not step.arm.tree.revolute[i]]
         command = u if step.drive.stiffness is None else u - q[list(step.drive.commanded)]
         seen = [*sine[turning], *cosine[turning], *q[sliding]] if self.residual.encode_angles else list(q)
-        inputs = [*seen, *v, *command]
-        gate: Any = 1.0
-        if not self.alone:
-            gaps = self._distance(step, before), self._distance(step, after)
-            if self.residual.sees_step:
-                inputs += [*((v_after - v) * (self.residual.dt / step.h)), *gaps]
-            part = clip01((self.residual.far - minimum(*gaps)) * (1.0 / (self.residual.far - self.residual.near)))
-            gate = part * part * (3.0 - 2.0 * part)
-        total: Any = 0.0
-        for k, network in enumerate(self.networks):
-            total = total + graph.network(k, network, inputs, gate)
-        return total * (step.h * (1.0 / self.residual.dt))
+        return [*seen, *v, *command]
+
+    def _contact(self, step: TracedStep, v: Array, stepped: Stepped) -> tuple[list[Any], Array]:
+        """Return what networks see that act on a contact, and what joint speeds (n, 3) unit impulses there give."""
+        contact = declared(self.residual.contact, step.arm.tree, key="contact")
+        assert contact is not None  # the file was checked
+        touch = TracedTouch(step.arm, contact, stepped.turns, step.h, step.lead)
+        answers, longer = touch.answers(stepped.matrix), self.residual.dt / step.h
+        before, change = touch.rows @ v, touch.rows @ ((stepped.v - v) * longer)
+        return seen_of_contact(touch.depth, before, before + change, touch.rows @ answers), answers
+
+    def _gate(self, step: TracedStep, before: Any, after: Any) -> Any:
+        gap = minimum(self._distance(step, before), self._distance(step, after))
+        part = clip01((self.residual.far - gap) * (1.0 / (self.residual.far - self.residual.near)))
+        return part * part * (3.0 - 2.0 * part)
 
     def _distance(self, step: TracedStep, angles: Any) -> Any:
         surfaces = [(surface, frame_of(surface, step.arm.tree)) for surface in self.residual.surfaces]

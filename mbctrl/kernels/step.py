@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,17 @@ class Drive:
     friction_speed: float
 
 
+class Stepped(NamedTuple):
+    """A step: ``q``, ``v`` and ``acceleration`` (n,) after it, and as ``mbctrl.dynamics.rigid_body.Moved`` the ``matrix`` (n, n) an
+    impulse on the joints is divided by in it, and the ``turns`` of the arm where forces were taken."""
+
+    q: Array
+    v: Array
+    acceleration: Array
+    matrix: Array
+    turns: tuple[list[Array], list[Array]]
+
+
 class TracedStep:
     """Steps states of Scalars.
 
@@ -64,8 +75,8 @@ class TracedStep:
         cosine = np.array([a.cos() if turns else 1.0 for a, turns in zip(angle, turning)], dtype=object)
         return angle, sine, cosine
 
-    def __call__(self, q: Array, v: Array, u: Array, where_q: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Return q and v a step later and the acceleration between.
+    def __call__(self, q: Array, v: Array, u: Array, where_q: tuple[Array, Array, Array]) -> Stepped:
+        """Return the step.
 
         ``where_q`` are the angles of ``q`` (euler) or of q + h v / 2 (leapfrog).
         """
@@ -80,7 +91,7 @@ class TracedStep:
         load, drag = self._actuated(q, v, u, motion, load, drag)
         touch, felt = None, load
         if self.contact is not None and self.contact.pushes:
-            touch = TracedTouch(self.arm, self.contact, turns, h, 0.5 * h if self.drive.integrator == "leapfrog" else h)
+            touch = TracedTouch(self.arm, self.contact, turns, h, self.lead)
             felt = load + touch.pushed(v, load, drag)
         for i in range(tree.n):
             if _present(tree.friction[i]):
@@ -90,7 +101,13 @@ class TracedStep:
         np.fill_diagonal(matrix, drag)
         acceleration = self.arm.solve(matrix, load) if touch is None else touch.solve(matrix, load, v)
         after = v + h * acceleration
-        return (middle + (0.5 * h) * after if self.drive.integrator == "leapfrog" else q + h * after), after, acceleration
+        q = middle + (0.5 * h) * after if self.drive.integrator == "leapfrog" else q + h * after
+        return Stepped(q, after, acceleration, matrix, turns)
+
+    @property
+    def lead(self) -> Any:
+        """How long before a step's end its forces are taken, and how long its new speed moves q [s]."""
+        return 0.5 * self.h if self.drive.integrator == "leapfrog" else self.h
 
     def middle(self, q: Array, v: Array) -> Array:
         """Return where the dynamics are taken."""

@@ -46,10 +46,14 @@ class TracedTouch:
         free, mobility = normal @ (v + self._h * (load / drag)), normal @ (normal / drag)
         return normal * normal_force(self.contact, self.depth, free, mobility, self._h, self._lead)[0]
 
+    def answers(self, matrix: Array) -> Array:
+        """Return what joint speeds (n, 3) unit impulses along the surface's axes give; ``matrix`` (n, n) is the step's."""
+        return np.stack([self.arm.solve(matrix, row) for row in self.rows], 1)  # the factors are the same expressions
+
     def solve(self, matrix: Array, load: Array, v: Array) -> Array:
         """Return the acceleration (n,) under ``load`` (n,) and the contact's force, of a step from ``v`` (n,)."""
         untouched = self.arm.solve(matrix, load)
-        answers = np.stack([self.arm.solve(matrix, row) for row in self.rows], 1)  # the factors are the same expressions
+        answers = self.answers(matrix)
         free = self.rows @ (v + self._h * untouched)
         force = contact_force(self.contact, self.depth, free, self.rows @ answers, self._h, self._lead)
         return untouched + answers @ np.array(force, dtype=object)

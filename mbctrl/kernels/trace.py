@@ -16,7 +16,7 @@ from mbctrl.kernels.graph import Graph
 from mbctrl.kernels.program import Program
 from mbctrl.kernels.residual import TracedResidual
 from mbctrl.kernels.rigid_body import Array, TracedArm, frame_in_world
-from mbctrl.kernels.step import Drive, TracedStep
+from mbctrl.kernels.step import Drive, Stepped, TracedStep
 from mbctrl.tasks.distance import capsule_obstacle
 from mbctrl.tasks.features import Features
 from mbctrl.tasks.task import Task
@@ -250,13 +250,11 @@ class _Carry:
         if self.residual is not None and self.residual.alone:
             return self._alone(self.residual)
         if not self.kept:
-            q, v, self.acceleration = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
-            q, v, where = self._learnt(q, v, self.step.angles(self.q), None)
-            return q, v, where
+            stepped = self.step(self.q, self.v, self.u, self.step.angles(self.step.middle(self.q, self.v)))
+            return self._learnt(stepped, self.step.angles(self.q), None)
         before = self._carried()
-        q, v, self.acceleration = self.step(self.q, self.v, self.u, before)
-        q, v, where = self._learnt(q, v, before, self.step.angles(q))
-        return q, v, where
+        stepped = self.step(self.q, self.v, self.u, before)
+        return self._learnt(stepped, before, self.step.angles(stepped.q))
 
     def _carried(self) -> tuple[Array, Array, Array]:
         """Return the angles before the step, their sines and cosines as the last step left them."""
@@ -274,15 +272,15 @@ class _Carry:
         q = self.q + self.step.h * v
         return q, v, self.step.angles(q) if self.kept else None
 
-    def _learnt(self, q: Array, v: Array, before: Any, after: Any) -> tuple[Array, Array, Any]:
+    def _learnt(self, stepped: Stepped, before: Any, after: Any) -> tuple[Array, Array, Any]:
         """Return q, v and the angles after the step with the residual on top, where there is one."""
+        q, v, self.acceleration = stepped.q, stepped.v, stepped.acceleration
         if self.residual is None:
             return q, v, after
         after = self.step.angles(q) if after is None else after
-        more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after, v)
+        more = self.residual(self.graph, self.step, self.q, self.v, self.u, before, after, stepped)
         self.acceleration = self.acceleration + more * (1.0 / self.step.h)
-        drift = 0.5 * self.step.h if self.step.drive.integrator == "leapfrog" else self.step.h  # how long the new v moves q
-        q, v = q + drift * more, v + more
+        q, v = q + self.step.lead * more, v + more
         return q, v, self.step.angles(q) if self.kept else None
 
 

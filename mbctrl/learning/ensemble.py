@@ -50,7 +50,7 @@ class Ensemble:
         ]
         self.biases = [torch.zeros(members, b, requires_grad=True) for b in sizes[1:]]
         low, high = (torch.full((outputs,), bound) for bound in (LOWEST, HIGHEST))
-        self._spread = Spread(low, high, torch.ones(outputs))
+        self._spread = Spread(low, high, torch.ones(outputs), torch.zeros(2, outputs))
 
     @property
     def parameters(self) -> list[Tensor]:

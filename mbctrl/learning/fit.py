@@ -16,8 +16,9 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import Residual, Spread
 from mbctrl.learning.ensemble import HIGHEST, LOWEST, Ensemble
 from mbctrl.learning.recipe import LearningRecipe, TrainingSpec
-from mbctrl.learning.samples import Samples
+from mbctrl.learning.samples import Samples, concatenated
 
+_QUIETEST = 0.01  # of what a joint misses in all that it may be believed to
 _LEAST = 10  # samples of a robot's that anything can be learnt from
 _JUDGED = 30  # samples from which a quantile is taken
 BETA = 0.5
@@ -58,23 +59,64 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Normalisers:
-    """Of inputs, mean and scale (inputs,); of targets their root mean square (nv,): a gated target's mean stays in it, so that
-    where the networks say nothing, nothing is added."""
+    """Of inputs, mean and scale (inputs,); of targets their root mean square (means,): a gated target's mean stays in it, so that
+    where the networks say nothing, nothing is added. Targets are the velocities missed, or the impulses that explain them best,
+    each joint's as well as its ``noise`` (nv,) [rad/s] lets it: what the physics misses of it without contact."""
 
     mean: Tensor
     scale: Tensor
     output: Tensor
+    noise: Tensor
 
     @classmethod
     def of(cls, samples: Samples) -> Normalisers:
         """Return those of the training samples."""
         spread = samples.inputs.std(0, correction=0)
-        root = samples.target.square().mean(0).sqrt()
-        return cls(samples.inputs.mean(0), torch.where(spread > 1e-6, spread, 1.0), root.clamp(min=1e-9))
+        free = torch.from_numpy(~samples.contact)
+        quiet = samples.target[free] if free.any() else samples.target
+        noise = torch.maximum(quiet.abs().median(0).values * 1.4826, _QUIETEST * _root(samples.target)).clamp(min=1e-9)
+        scale = torch.where(spread > 1e-6, spread, 1.0)
+        output = _root(explained(samples, noise))
+        if samples.answers is not None:  # along an axis the arm cannot be moved in there is nothing but rounding
+            output = output.clamp(min=1e-3 * float(output.max()))
+        return cls(samples.inputs.mean(0), scale, output.clamp(min=1e-9), noise)
 
     def apply(self, samples: Samples) -> Samples:
         """Return samples in units of these."""
-        return replace(samples, inputs=(samples.inputs - self.mean) / self.scale, target=samples.target / self.output)
+        target = explained(samples, self.noise) / self.output
+        return replace(samples, inputs=(samples.inputs - self.mean) / self.scale, target=target)
+
+
+def explained(samples: Samples, noise: Tensor) -> Tensor:
+    """Return what networks are to give (T, means): the velocities missed, or the impulses that explain them best."""
+    if samples.answers is None:
+        return samples.target
+    matrix, wanted = (samples.answers / noise[:, None]).double(), (samples.target / noise).double()
+    normal = matrix.mT @ matrix
+    little = 1e-9 * torch.diagonal(normal, dim1=1, dim2=2).sum(1)  # an arm may not be movable every way
+    normal = normal + little[:, None, None] * torch.eye(3, dtype=torch.float64)
+    return torch.linalg.solve(normal, (matrix.mT @ wanted[..., None])[..., 0]).float()
+
+
+def unexplained(samples: Samples, noise: Tensor) -> np.ndarray:
+    """Return the deviation (2, nv) [rad/s] of the velocities missed without contact, and of what no impulse explains in it."""
+    if samples.answers is None:
+        return np.zeros((2, len(noise)))
+    left = samples.target - _acted(samples, explained(samples, noise))
+    found = np.zeros((2, len(noise)))
+    for k, (values, group) in enumerate(((samples.target, ~samples.contact), (left, samples.contact))):
+        if group.any():
+            found[k] = np.quantile((values / samples.gate[:, None]).abs().numpy()[group], 0.9, axis=0) / NORMAL_90
+    return found
+
+
+def _acted(samples: Samples, given: Tensor) -> Tensor:
+    """Return the joint speeds (..., T, nv) of what networks give, (..., T, means)."""
+    return given if samples.answers is None else (samples.answers * given[..., None, :]).sum(-1)
+
+
+def _root(values: Tensor) -> Tensor:
+    return values.square().mean(0).sqrt()
 
 
 def fit(
@@ -99,17 +141,17 @@ def fit(
     learned, held = scales.apply(training), scales.apply(validation)
     generator = torch.Generator().manual_seed(recipe.training.seed)
     size = training.inputs.shape[1]
-    nets = Ensemble(size, spec.hidden, model.tree.n, spec.members, spec.activation, spec.variance, generator)
+    nets = Ensemble(size, spec.hidden, learned.target.shape[1], spec.members, spec.activation, spec.variance, generator)
     search = _Search(nets, recipe.training, spec.lipschitz)
     history = search.run(learned, held, generator, tell)
     layers = nets.layers(search.best)
-    residual = _file(layers, scales, model, recipe)
+    residual = _file(layers, scales, unexplained(concatenated(training, validation), scales.noise), model, recipe)
     if residual.spread is None:
         return Fitted(residual, tuple(history))
     with torch.no_grad():
         for parameter, best in zip(nets.parameters, search.best):
             parameter.copy_(best)
-        spread = replace(residual.spread, scale=recalibrated(nets, held))
+        spread = replace(residual.spread, scale=recalibrated(nets, held.inputs, validation, residual))
     return Fitted(replace(residual, spread=spread), tuple(history))
 
 
@@ -205,23 +247,36 @@ def drawing(samples: Samples, members: int, rng: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def recalibrated(nets: Ensemble, held: Samples) -> np.ndarray:
-    """Return (nv,): by how much deviations are multiplied so that 90 % intervals hold 90 % of held-out targets.
+def recalibrated(nets: Ensemble, inputs: Tensor, held: Samples, residual: Residual) -> np.ndarray:
+    """Return (nv,): by how much deviations are multiplied so that 90 % intervals hold 90 % of the velocities held out.
 
-    In and out of contact, where there are enough of each: the larger of the two, so that neither is promised too much.
+    In contact, and where networks act on joints without contact, too, where there are enough of each: the larger of the two, so
+    that neither is promised too much.
+
+    Args:
+        nets: they give targets in units of the residual's ``output_scale``.
+        inputs: of ``held``, normalised.
     """
-    mean, log = nets(held.inputs[None])
-    deviation = (log.exp().mean(0) + mean.var(0, correction=0)).sqrt()
+    mean, log = nets(inputs[None])
+    output, rest = (torch.from_numpy(values).float() for values in (residual.output_scale, residual.spread.rest[1]))
+    mean, variance = _acted(held, output * mean), (output * output) * log.exp().mean(0)
+    if held.answers is not None:
+        variance = (held.answers.square() * variance[:, None]).sum(-1)
     gate = held.gate[:, None]
-    beyond = ((held.target - gate * mean.mean(0)) / (gate * deviation)).abs().numpy()
-    groups = [group for group in (held.contact, ~held.contact) if group.sum() >= _JUDGED] or [np.ones(len(held), bool)]
-    scale = np.max([np.quantile(beyond[group], 0.9, axis=0) for group in groups], axis=0) / NORMAL_90
+    error = (held.target / gate - mean.mean(0)) / NORMAL_90
+    beyond = (error.square() - rest.square()).clamp(min=0) / (variance + mean.var(0, correction=0))
+    wanted = (held.contact,) if held.answers is not None else (held.contact, ~held.contact)
+    groups = [group for group in wanted if group.sum() >= _JUDGED] or [np.ones(len(held), bool)]
+    scale = np.max([np.quantile(beyond.sqrt().numpy()[group], 0.9, axis=0) for group in groups], axis=0)
     return np.maximum(scale, 1e-3)
 
 
-def _file(layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers, model: Model, recipe: LearningRecipe) -> Residual:
+def _file(
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers, rest: np.ndarray, model: Model, recipe: LearningRecipe
+) -> Residual:
     n, robot = model.tree.n, model.robot
-    bounds = (np.full(n, LOWEST), np.full(n, HIGHEST), np.ones(n))
+    means = len(scales.output)
+    bounds = (np.full(means, LOWEST), np.full(means, HIGHEST), np.ones(n), rest)
     return Residual(
         layers,
         recipe.network.activation,
@@ -234,7 +289,7 @@ def _file(layers: tuple[tuple[np.ndarray, np.ndarray], ...], scales: Normalisers
         surfaces=recipe.surfaces,
         base=recipe.base,
         spread=Spread(*bounds) if recipe.network.variance else None,
-        sees_step=recipe.network.sees_step,
+        acts_on=recipe.network.acts_on,
         encode_angles=recipe.network.encode_angles,
         integrator=recipe.integrator,
         contact=recipe.contact,

@@ -21,8 +21,9 @@ class NetworkSpec(Spec):
     """The ensemble.
 
     ``members`` networks of ``hidden`` layers. ``variance``: they say how sure they are, too. ``lipschitz``: most that outputs
-    change with inputs, both normalised; null: unbounded. ``sees_step``: they are given the analytic step's change of velocity and
-    the gap to the surfaces before and after it. ``encode_angles``: false gives angles as they are, which fails
+    change with inputs, both normalised; null: unbounded. ``acts_on: contact``: they see the recipe's ``contact`` alone, its
+    depth, speeds and mobility, and give the impulse on its tip; ``joints``: they see the arm's state and command, and give
+    joint speeds. ``encode_angles``: false gives angles as they are, which fails
     where a joint turns round; it exists to show that.
     """
 
@@ -31,7 +32,7 @@ class NetworkSpec(Spec):
     activation: Literal["tanh", "silu", "relu"] = "silu"
     variance: bool = True
     lipschitz: Positive | None = None
-    sees_step: bool = False
+    acts_on: Literal["joints", "contact"] = "joints"
     encode_angles: bool = True
 
 
@@ -82,8 +83,8 @@ class LearningRecipe(Spec):
             raise ValueError("surfaces: expected at least one, where the analytic model is the base")
         if self.base == "identity" and self.surfaces:
             raise ValueError("surfaces: a model without physics has no gate, found some")
-        if self.base == "identity" and self.network.sees_step:
-            raise ValueError("network.sees_step: a model without physics has no analytic step, found true")
+        if self.network.acts_on == "contact" and (self.base == "identity" or self.contact is None):
+            raise ValueError("network.acts_on: contact needs an analytic base and its contact, found none")
         if not self.near < self.far:
             raise ValueError(f"near: {self.near} is not below far, {self.far}")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,9 @@ def gate_of(model: Model, base: RigidBodyDynamics, recipe: LearningRecipe | Resi
 
 @dataclass(frozen=True)
 class Samples:
-    """T samples: ``inputs`` (T, inputs), ``target`` (T, nv) [rad/s], ``gate`` (T,), ``draw`` (T,) how often each is drawn relative
-    to others of its episode, in float32; ``episode`` (T,) and ``contact`` (T,) in numpy."""
+    """T samples: ``inputs`` (T, inputs), ``target`` (T, nv) the velocity missed [rad/s], ``gate`` (T,), ``draw`` (T,) how often
+    each is drawn relative to others of its episode, in float32; ``episode`` (T,) and ``contact`` (T,) in numpy; ``answers``
+    (T, nv, 3) what joint speeds unit impulses at the contact give, None where networks act on joints."""
 
     inputs: Tensor
     target: Tensor
@@ -59,6 +60,7 @@ class Samples:
     draw: Tensor
     episode: np.ndarray
     contact: np.ndarray
+    answers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -66,9 +68,16 @@ class Samples:
     def take(self, mask: np.ndarray) -> Samples:
         """Return those of a mask (T,)."""
         index = torch.from_numpy(np.flatnonzero(mask))
-        return Samples(
-            self.inputs[index], self.target[index], self.gate[index], self.draw[index], self.episode[mask], self.contact[mask]
-        )
+        rows = [values[index] for values in (self.inputs, self.target, self.gate, self.draw)]
+        answers = None if self.answers is None else self.answers[index]
+        return Samples(*rows, self.episode[mask], self.contact[mask], answers)
+
+
+def concatenated(first: Samples, second: Samples) -> Samples:
+    """Return the samples of both, in a row."""
+    pairs = [(getattr(first, field.name), getattr(second, field.name)) for field in fields(Samples)]
+    joined = [None if a is None else torch.cat((a, b)) if torch.is_tensor(a) else np.concatenate((a, b)) for a, b in pairs]
+    return Samples(*joined)
 
 
 def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -> Samples:
@@ -79,16 +88,21 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
     """
     base, n = analytic_model(model, recipe.dt, recipe.integrator, recipe.contact), model.tree.n
     gate = gate_of(model, base, recipe) if recipe.base == "analytic" else None
-    sight = Sight(base, gate, recipe.network.encode_angles, recipe.network.sees_step, recipe.dt)
+    touched = declared(recipe.contact, model.tree, key="contact") if recipe.network.acts_on == "contact" else None
+    sight = Sight(base, gate, recipe.network.encode_angles, touched, recipe.dt)
     x, u, after = (torch.from_numpy(values.T.copy()) for values in (transitions.x, transitions.u, transitions.x_next))
-    parts: list[tuple[Any, Any, Any]] = []
+    parts: list[list[Tensor]] = []
     for x0, u0, x1 in zip(x.split(_WIDE, 1), u.split(_WIDE, 1), after.split(_WIDE, 1)):
-        physics, opened, seen = sight(base, x0, u0)
-        parts.append((seen, x1[n:] - (x0 if physics is None else physics)[n:], opened))
-    inputs, target, gates = (torch.cat(columns, -1) for columns in zip(*parts))
-    check_finite(transitions, target.T.numpy(), [f"the velocity missed of {joint}" for joint in model.robot.joints])
+        seen = sight(base, x0, u0)
+        missed = (x1 - (x0 if seen.after is None else seen.after))[n:]
+        parts.append([seen.inputs.T, missed.T, seen.gate])
+        if seen.answers is not None:
+            parts[-1].append(seen.answers.movedim(2, 0))
+    inputs, target, gates, *answers = (torch.cat(columns) for columns in zip(*parts))
+    check_finite(transitions, target.numpy(), [f"the velocity missed of {joint}" for joint in model.robot.joints])
     draw = torch.from_numpy(np.where(transitions.impacts(), recipe.training.impact_weight, 1.0))
-    every = Samples(inputs.T.float(), target.T.float(), gates.float(), draw.float(), transitions.episode, transitions.contact)
+    rows = [values.float() for values in (inputs, target, gates, draw)]
+    every = Samples(*rows, transitions.episode, transitions.contact, answers[0].float() if answers else None)
     return every.take((gates > 0).numpy())
 
 

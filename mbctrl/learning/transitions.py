@@ -168,7 +168,7 @@ def cut(transitions: Transitions, length: float) -> Transitions:
 
 
 def split(transitions: Transitions, shares: tuple[float, float], seed: int) -> Iterator[Transitions]:
-    """Yield training, validation and test transitions; whole episodes, drawn by ``seed``.
+    """Yield training, validation and test transitions; whole episodes, drawn by ``seed``, with contact and without in like shares.
 
     Args:
         shares: of the episodes that go to validation and test; at least one each, and none for a share of 0.
@@ -185,6 +185,11 @@ def split(transitions: Transitions, shares: tuple[float, float], seed: int) -> I
             file=transitions.files[0],
         )
     order = np.random.default_rng(seed).permutation(episodes)
+    touching = np.isin(order, transitions.episode[transitions.contact])
+    place = np.where(touching, np.cumsum(touching) - 1, np.cumsum(~touching) - 1) / np.where(
+        touching, touching.sum(), (~touching).sum()
+    )
+    order = order[np.lexsort((~touching, place))]  # of the first few, some touch
     held = np.cumsum([0, *counts])
     for chosen in (order[held[2] :], order[: held[1]], order[held[1] : held[2]]):
         yield transitions.take(np.isin(transitions.episode, chosen))

@@ -150,16 +150,20 @@ class Smoothness(Term):
 
 
 class JointLimits(Term):
-    """Barrier inside each joint's range: zero outside ``margin`` [rad] of a limit, 1 at it, growing as the square."""
+    """Barrier inside each joint's range: zero outside ``margin`` [rad], [m] of a limit, 1 at it, growing as the square.
+
+    The margin is a tenth of a joint's range at most, so that it does not reach the middle of a short slide.
+    """
 
     margin: Positive = 0.1
 
     def cost(self, f: Features, robot: RobotScales) -> Any:
         total = 0.0
         for i, (low, high) in enumerate(zip(robot.position_lower, robot.position_upper)):
-            over = positive(f.q[i] - (high - self.margin)) + positive(low + self.margin - f.q[i])
-            total = total + over * over
-        return total * (1.0 / self.margin**2)
+            margin = min(self.margin, 0.1 * (high - low))
+            over = positive(f.q[i] - (high - margin)) + positive(low + margin - f.q[i])
+            total = total + over * over * (1.0 / margin**2)
+        return total
 
 
 class VelocityLimits(Term):
