@@ -222,7 +222,7 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "effort": (ARM2, {"task": {"effort": {"weight": 1.0}}}),
     "effort of a servo": (PANDA, {"task": {"effort": {"weight": 1.0}}}),
     "smoothness": (ARM2, {"task": {"smoothness": {"weight": 1.0, "scale": 0.2}}}),
-    "joint_limits": (ARM2, {"task": {"joint_limits": {"weight": 1.0, "margin": 4.5}}}),
+    "joint_limits": (PANDA, {"task": {"joint_limits": {"weight": 1.0, "margin": 0.3}}, "planner": {"sigma": 1.0}}),
     "velocity_limits": (ARM2, {"task": {"velocity_limits": {"weight": 1.0, "margin": 0.95}}}),
     "acceleration_limits": (PANDA, {"task": {"acceleration_limits": {"weight": 1.0, "margin": 0.9}}}),
     **{

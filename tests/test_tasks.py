@@ -241,6 +241,7 @@ def shifted(**changes: Any) -> Features:
         (Smoothness(weight=1, scale=0.1), shifted(u=[0.2, 0.0], u_before=[0.1, 0.3]), 1.0 + 9.0),
         (JointLimits(weight=1, margin=0.2), shifted(q=[1.0, -2.0]), 2.0),  # 1 at each limit
         (JointLimits(weight=1, margin=0.2), shifted(q=[0.9, -2.2]), 0.25 + 4.0),
+        (JointLimits(weight=1, margin=1.0), shifted(q=[0.9, -1.7]), 0.25 + 0.0625),  # margins of a tenth: 0.2 and 0.4
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[2.0, -4.0]), 2.0),
         (VelocityLimits(weight=1, margin=0.2), shifted(v=[-1.8, 4.8]), 0.25 + 4.0),
         (AccelerationLimits(weight=1, margin=0.5), shifted(a=[20.0, -6.0]), 1.0 + 0.25),
