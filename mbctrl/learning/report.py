@@ -110,6 +110,8 @@ def _header(seen: Evaluation) -> dict[str, Any]:
     residual = seen.residual
     sizes = [residual.layers[0][0].shape[2], *(w.shape[1] for w, _ in residual.layers)]
     base = "the analytic model" if residual.base == "analytic" else "nothing: fully learned"
+    contact = residual.contact if residual.acts_on == "contact" else None
+    acts = f"{contact.tip} on {contact.surface}, by impulses" if contact else "joints, by speeds"
     return {
         "title": f"Evaluation of {seen.name}",
         "robot": residual.robot,
@@ -121,6 +123,7 @@ def _header(seen: Evaluation) -> dict[str, Any]:
             ("on top of", base),
             ("time step", f"{residual.dt:g} s"),
             ("networks", f"{residual.members} of {' × '.join(map(str, sizes))}, {residual.activation}"),
+            ("act on", acts),
             ("gate", f"1 up to {residual.near:g} m, 0 from {residual.far:g} m" if residual.base == "analytic" else "none"),
             ("surfaces", ", ".join(surface.name for surface in residual.surfaces) or "none"),
             ("seed", str(residual.seed)),
