@@ -369,7 +369,7 @@ def test_a_fully_learned_model_is_its_formula_and_knows_no_gate(arm: Model, part
     mean = predicted(model.residual, np.concatenate([parts[2].x, parts[2].u], 1))[0].mean(0)
     after = model.step(x, u).numpy()
     np.testing.assert_allclose(after[1], parts[2].x[:, 1] + mean[:, 0], rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(after[0], parts[2].x[:, 0] + DT * after[1], atol=1e-12)
+    np.testing.assert_allclose(after[0], parts[2].x[:, 0] + 0.5 * DT * (parts[2].x[:, 1] + after[1]), atol=1e-12)
     assert (model.step_gate(x, u) == 1).all()
 
 

@@ -125,7 +125,7 @@ class HybridDynamics:
         found = self._summed(seen.inputs)
         if seen.after is None:
             v = x[n:] + found * part
-            return torch.cat((x[:n] + self.dt * v, v))
+            return torch.cat((x[:n] + 0.5 * self.dt * (x[n:] + v), v))
         # Nothing times what is not a number is not nothing: far away the physics is all there is.
         more = seen.lifted(torch.where(seen.gate > 0, seen.gate * found, torch.zeros((), dtype=self.dtype))) * part
         return torch.cat((seen.after[:n] + self.base.lead * more, seen.after[n:] + more))

@@ -8,7 +8,7 @@ that it never tears q from v. e encodes every angle as sine and cosine. g is 1 a
 Where it ``acts_on`` a contact, r is the impulse on the tip there along the surface's axes, and S also what joint speeds that gives:
 M⁻¹ Jᵀ, with the step's own matrix M. Such a law holds wherever the surface is touched, and does what a force can do only.
 
-With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h v'``, and g is 1 everywhere.
+With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, ``q' = q + h (v + v') / 2``, and g is 1 everywhere.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ class _Carry:
         more = residual(self.graph, self.step, self.q, self.v, self.u, before, None, None)
         self.acceleration = more * (1.0 / self.step.h)
         v = self.v + more
-        q = self.q + self.step.h * v
+        q = self.q + (0.5 * self.step.h) * (self.v + v)
         return q, v, self.step.angles(q) if self.kept else None
 
     def _learnt(self, stepped: Stepped, before: Any, after: Any) -> tuple[Array, Array, Any]:
