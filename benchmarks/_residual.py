@@ -11,6 +11,7 @@ import torch
 
 from mbctrl.base.config import ContactSpec, load_run
 from mbctrl.calibrate.contact import fit_contact
+from mbctrl.calibrate.signals import CalibrationError
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.learning.evaluate import KINDS, coverage, open_loop, windows_of
@@ -108,12 +109,18 @@ def learned(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, s
 
 
 def known(kind: str, every: Transitions, arm: Model, recipe: LearningRecipe, true: ContactSpec) -> ContactSpec:
-    """Return what the physics knows of the contact: nothing, the truth, or what the transitions say, from a start off by two."""
+    """Return what the physics knows of the contact: nothing, the truth, or what the transitions say, from a start off by two.
+
+    The start is what is left where the transitions do not tell.
+    """
     if kind != "contact":
         return true if kind == "true" else true.model_copy(update={"stiffness": 0.0, "damping": 0.0})
     wrong = {"stiffness": 2.0 * true.stiffness, "damping": 0.5 * true.damping, "friction": 0.5 * true.friction}
     start = analytic_model(arm, recipe.dt, recipe.integrator, true.model_copy(update=wrong))
-    found = fit_contact(start, every.x, every.u, np.cumsum(~every.follows()))
+    try:
+        found = fit_contact(start, every.x, every.u, np.cumsum(~every.follows()))
+    except CalibrationError:
+        return true.model_copy(update=wrong)
     return true.model_copy(update={name: float(getattr(found.contact, name)) for name in wrong})
 
 

@@ -80,7 +80,9 @@ class Loop:
         self.spec, self.recipe, self.folder, self._file, self._tell = spec, recipe, folder, file, tell
         self.path = folder / "model.npz"
         planner = config.planner.model_copy(update={"risk": spec.risk})
-        dynamics = config.dynamics.model_copy(update={"residual": str(self.path.resolve())})
+        beneath = {} if recipe.base == "identity" else {"contact": recipe.contact}  # of what is known, no more than the recipe
+        physics = config.dynamics.model_copy(update=beneath)
+        dynamics = physics.model_copy(update={"residual": str(self.path.resolve())})
         record = RecordSpec(plots=False, video=False)
         self.config = config.model_copy(update={"record": record, "stop_when_done": False})
         self._learned = config.model_copy(update={"planner": planner, "dynamics": dynamics})
@@ -92,15 +94,17 @@ class Loop:
         self.known: list[Transitions] = []
         self.controller: MpcController | None = None
         self._session: Session | None = None
-        self._trial, self._before, self._due = 0, 0, spec.random
+        if recipe.base == "analytic":
+            self.controller = MpcController(config.model_copy(update={"dynamics": physics}), self.model, file)
+        self._trial, self._before, self._due = 0, 0, spec.random or spec.every or 0
         self._training, self._failures = 0.0, 0
 
     def run(self, done: Callable[[Trial], None] = lambda trial: None) -> list[Trial]:
         """Return all trials, the random one first where there is one; ``done`` is called after each."""
         trials = []
         online = self.spec.loop == "online"
-        for number in range(1 if online else 0, self.spec.trials + 1):
-            if not online and (number == 1 or (number > 1 and self.spec.loop == "aggregate")):
+        for number in range(1 if online or not self.spec.random else 0, self.spec.trials + 1):
+            if not online and self.known and (number == 1 or self.spec.loop == "aggregate"):
                 self.learn()
             trials.append(self._episode(number))
             write_transitions(self.folder / "transitions.parquet", concatenate(self.known))
@@ -196,7 +200,7 @@ def learn(scenario: str, overrides: list[str], out: Path | None) -> int:
         need(module, "learn", "learning")
     columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("building", total=spec.trials + (spec.loop != "online"))
+        task = progress.add_task("building", total=spec.trials + (spec.loop != "online" and spec.random > 0))
         loop = Loop(config, file, spec, recipe, folder, lambda text: progress.update(task, description=text))
 
         def done(trial: Trial) -> None:

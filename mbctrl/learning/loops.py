@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from mbctrl.base.config import Count, RiskSpec, RunConfig
 from mbctrl.base.errors import SpecError
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
-from mbctrl.learning.recipe import LearningRecipe
+from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 
 _TAKEN = ("robot", "dt", "integrator")  # the scenario says these
 
@@ -23,22 +23,23 @@ class LearnSpec(Spec):
     each trial; ``online`` learns anew every so many steps (``every``) while a trial goes on.
 
     ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
-    for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. A trial's return
-    is the sum over its steps of ``best`` less what the task's terms cost [1/s].
+    for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
+    physics beneath, it plans alone until something was learnt, and random commands may be left out. A trial's return is the sum
+    over its steps of ``best`` less what the task's terms cost [1/s].
 
-    ``model`` is a recipe of what is learnt without robot, time step and integrator, which are the scenario's; so is the seed of
-    its training, where it names none.
+    ``model`` is a recipe of what is learnt, its name or itself without robot, time step and integrator, which are the
+    scenario's; so is the seed of its training, where it names none.
     """
 
     loop: Literal["once", "aggregate", "online"]
     trials: Count = 10
-    random: Count = 200
+    random: Annotated[int, Field(ge=0, strict=True)] = 200
     hold: Count = 1
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     every: Count | None = None
     best: Number = 0.0
     risk: RiskSpec = RiskSpec()
-    model: Mapping[str, Any] = Field(default_factory=dict)
+    model: str | Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _online(self) -> LearnSpec:
@@ -61,13 +62,24 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
     if "learn" not in data:
         raise SpecError("missing; this scenario does not say how it learns", file=file, key="learn")
     spec = validate(LearnSpec, data["learn"], file, "learn")
-    for key in _TAKEN:
-        if key in spec.model:
-            raise SpecError("the scenario says it already", file=file, key=f"learn.model.{key}")
     given = {"robot": config.robot, "dt": config.dynamics.dt, "integrator": config.dynamics.integrator}
-    own = spec.model.get("training", {})
-    training = {"seed": config.seed, **own} if isinstance(own, Mapping) else own
-    recipe = validate(LearningRecipe, {**spec.model, **given, "training": training}, file, "learn.model")
+    if isinstance(spec.model, str):
+        recipe, _ = load_learning_recipe(spec.model)
+        for key, expected in given.items():
+            found = getattr(recipe, key)
+            if found != expected:
+                raise SpecError(f"expected {key} {expected}, found {found}", file=file, key=f"learn.model: {spec.model}")
+        if "seed" not in recipe.training.model_fields_set:
+            recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": config.seed})})
+    else:
+        for key in _TAKEN:
+            if key in spec.model:
+                raise SpecError("the scenario says it already", file=file, key=f"learn.model.{key}")
+        own = spec.model.get("training", {})
+        training = {"seed": config.seed, **own} if isinstance(own, Mapping) else own
+        recipe = validate(LearningRecipe, {**spec.model, **given, "training": training}, file, "learn.model")
+    if not spec.random and (recipe.base == "identity" or spec.loop == "once"):
+        raise SpecError("expected some steps, where there is nothing else to learn from, found 0", file=file, key="learn.random")
     per_plan = config.loop.rate * config.dynamics.dt
     if abs(per_plan - 1) > 1e-6:
         raise SpecError(
