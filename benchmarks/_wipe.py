@@ -15,6 +15,8 @@ from mbctrl.cli.build import build_controller, load_run_model
 
 SCENARIO = "panda_wipe_sim"
 TABLE = (0.5, 0.25)  # [m] where its middle is, and its height
+WIDE = [0.03, 0.03, 0.03, 0.03, 0.05, 0.05, 0.05]
+"""How widely runs that give data explore [rad]: twice as widely as the controller."""
 PLAN = {"planner": {"samples": 512, "horizon": 0.32}}
 """The plan that is timed: 16 steps."""
 PRESSED = (-0.027, -0.039, -0.087, -2.366, -0.026, 2.373, 0.690, -0.0074)  # [rad], [m] on the table in mid-circle, with 15 N
@@ -36,7 +38,7 @@ def wandering(rng: np.random.Generator, sides: tuple[float, float]) -> dict[str,
             "delay": rng.uniform(1.5, 3.0),
             "force": rng.uniform(5.0, 25.0),
         },
-        "planner": {"samples": int(rng.choice([48, 128, 512]))},
+        "planner": {"samples": int(rng.choice([48, 128, 512])), "sigma": WIDE},
         "dynamics": {"contact": {"stiffness": 3e4 * off[0], "damping": 200.0 * off[1], "friction": 0.5 * off[2]}},
         "backend": {"start_noise": 0.1},
         "duration": 5.0,

@@ -178,9 +178,9 @@ def test_what_is_seen_of_a_contact_is_linear_algebra() -> None:
         before, free, depth = rng.normal(size=3), rng.normal(size=3), rng.normal()
         seen = seen_of_contact(depth, before, free, mobility)
         stops = np.linalg.solve(mobility + 1e-3 * np.trace(mobility) * np.eye(3), free)
-        np.testing.assert_allclose(seen, [depth, *before, *stops, mobility[2, 2]], rtol=1e-9)
+        np.testing.assert_allclose(seen, [depth, *before, *free, *stops, mobility[2, 2]], rtol=1e-9)
     slide = seen_of_contact(0.0, np.zeros(3), np.array([0.0, 0.0, -3.0]), np.diag([0.0, 0.0, 2.0]))
-    np.testing.assert_allclose(slide[4:7], [0.0, 0.0, -1.5 / 1.001], rtol=1e-12)
+    np.testing.assert_allclose(slide[7:10], [0.0, 0.0, -1.5 / 1.001], rtol=1e-12)
     assert len(seen) == len(slide) == SEEN_OF_CONTACT
 
 

@@ -183,6 +183,51 @@ def test_online_learns_while_the_trial_goes_on(tmp_path: Path, monkeypatch: pyte
     assert len(log.data) == 61 and np.allclose(np.diff(log["t"]), 0.05) and not log["holding"].any()
 
 
+def wipe(folder: Path, **changes: Any) -> Path:
+    """Write the wiping scenario, small, into ``folder``; return its file."""
+    data = load_yaml(load_run("panda_wipe_sim")[1])
+    small = {
+        "duration": 4.0,
+        "planner": {"samples": 64},
+        "dynamics": {"threads": 1},
+        "goal": {"delay": 1.0},
+        "learn": {"trials": 3},
+    }
+    path = folder / "wipe.yaml"
+    path.write_text(dump_yaml(merged(merged(data, small), changes)))
+    return path
+
+
+def test_a_contact_is_learned_by_touching_it(tmp_path: Path) -> None:
+    """Nobody says what the table does: physics alone comes down and barely touches; what that taught presses harder, and so on."""
+    loop = loop_of(wipe(tmp_path), tmp_path / "out")
+    first = loop.controller
+    assert first.config.dynamics.residual is None and first.config.dynamics.contact.stiffness == 0
+    trials = loop.run()
+    assert [trial.number for trial in trials] == [1, 2, 3] and [trial.known for trial in trials] == [0, 198, 396]
+    assert loop.controller is not first and not any(trial.failures for trial in trials)
+    logs = [read_log(tmp_path / "out" / f"trial-{number:02d}" / "log.csv") for number in (1, 2, 3)]
+    off = [float(np.abs(log["contact.force"][log["t"] > 3] - 15).mean()) for log in logs]
+    print("off the force wanted [N]", off, [trial.reward for trial in trials])
+    assert off[0] > 8 and off[2] < 0.5 * off[0]
+
+
+@pytest.mark.parametrize(
+    ("learn", "message"),
+    [
+        ({"loop": "once"}, "learn.random: expected some steps, where there is nothing else to learn from, found 0"),
+        ({"model": {"base": "identity"}}, "learn.random: expected some steps"),
+        ({"model": "panda_push_learn"}, "learn.model: panda_push_learn: expected robot .*panda_wipe.*found .*panda_push"),
+        ({"model": "nowhere_learn"}, "nowhere_learn"),
+        ({"random": -1}, "learn.random"),
+    ],
+)
+def test_loops_with_nothing_to_begin_with_are_refused(tmp_path: Path, learn: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        loop_of(wipe(tmp_path, learn=learn), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, fail: tuple[int, ...] = ()) -> list[int]:
     """Note how many transitions each training had; let those numbered in ``fail`` fail half way."""
     from mbctrl.learning.fit import _Search

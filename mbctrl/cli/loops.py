@@ -144,12 +144,13 @@ class Loop:
 
     def _plan(self, request: PlanRequest) -> Plan:
         """Return the plan of whatever is in charge: random commands, or the newest model's planner."""
-        if self.spec.loop == "online" and self._before + round(request.stamp / self.recipe.dt) >= self._due:
+        online, steps = self.spec.loop == "online", self._before + round(request.stamp / self.recipe.dt)
+        if online and steps >= self._due:
             self._due += self.spec.every or 0
             self._session.flush()
             self.learn(from_run(self.folder / f"trial-{self._trial:02d}" / "log.csv", self._source))
-        planner = self.controller if self._trial and self.controller is not None else self._random
-        return planner.plan(request)
+        at_random = self.controller is None or not self._trial or (online and steps < self.spec.random)
+        return (self._random if at_random else self.controller).plan(request)
 
     def learn(self, more: Transitions | None = None) -> None:
         """Learn from all transitions and those of the episode that goes on; its planner takes over where the last one is.

@@ -24,7 +24,7 @@ from mbctrl.dynamics.tree import Frame, RigidTree
 PARAMETERS = ("stiffness", "damping", "friction")
 _TINY = 1e-9  # [m] or [m/s]: nothing
 _SOFT = 1e-3
-SEEN_OF_CONTACT = 8
+SEEN_OF_CONTACT = 11
 """How many inputs networks have that act on a contact."""
 
 
@@ -148,8 +148,8 @@ def contact_force(contact: Contact, depth: Any, free: Any, mobility: Any, h: Any
 def seen_of_contact(depth: Any, before: Any, free: Any, mobility: Any) -> list[Any]:
     """Return what networks see of a contact, SEEN_OF_CONTACT values.
 
-    How deep the tip is in the surface [m]; along the surface's axes their relative velocity before a step [m/s], and the impulse
-    that would leave none after it [N·s]; the mobility along the normal [1/kg].
+    How deep the tip is in the surface [m]; along the surface's axes their relative velocity before a step and after it [m/s], and
+    the impulse that would leave none [N·s]; the mobility along the normal [1/kg].
 
     Args:
         depth: where the step takes its forces [m].
@@ -168,7 +168,7 @@ def seen_of_contact(depth: Any, before: Any, free: Any, mobility: Any) -> list[A
     pz = (free[2] - lc * free[0] - le * y) * third
     py = y * second - le * pz
     px = free[0] * first - lb * py - lc * pz
-    return [depth, *before, px, py, pz, f]
+    return [depth, *before, *free, px, py, pz, f]
 
 
 def offset_velocity(screw: Any, point: Any) -> tuple[Any, Any, Any]:
