@@ -138,10 +138,8 @@ def _compared(residuals: dict[str, Any], arm: Model, every: Transitions, integra
     windows = windows_of(every)
     models = {name: learned_model(arm, residual, every.source.dt) for name, residual in residuals.items()}
     models["analytic"] = analytic_model(arm, every.source.dt, integrator)
-    contacts = [residual.contact for residual in residuals.values()]
-    beneath = next(
-        (contact for contact in contacts if contact is not None and (contact.stiffness > 0 or contact.damping > 0)), None
-    )
+    contacts = [residual.contact for residual in residuals.values() if residual.contact is not None]
+    beneath = next((contact for contact in contacts if contact.stiffness > 0 or contact.damping > 0), None)
     if beneath is not None:
         models["with its contact"] = analytic_model(arm, every.source.dt, integrator, beneath)
     return [open_loop(name, model, windows, arm) for name, model in models.items()]
