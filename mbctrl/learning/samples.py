@@ -23,6 +23,10 @@ from mbctrl.learning.transitions import Transitions, check_finite
 from mbctrl.tasks.distance import capsule_obstacle
 
 _WIDE = 4096  # states of one pass of the analytic step
+_ABOVE = 3.0
+"""How far beyond the gate networks of a contact are taught, in widths of its edge. Measured on six runs that press gently: taught
+within the gate alone they drift 5 mm in 25 steps (and wiping fails), taught beyond it 0.3 mm; a gate as wide as that lets them
+guess impulses in the air, and one run in three never comes down."""
 
 
 def analytic_model(model: Model, dt: float, integrator: str = "euler", contact: ContactSpec | None = None) -> RigidBodyDynamics:
@@ -87,7 +91,10 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
         TransitionError: for targets that are no numbers, with file, row and joint.
     """
     base, n = analytic_model(model, recipe.dt, recipe.integrator, recipe.contact), model.tree.n
-    gate = gate_of(model, base, recipe) if recipe.base == "analytic" else None
+    taught = recipe
+    if recipe.network.acts_on == "contact":  # above the surface, too, there is an impulse to learn: none
+        taught = recipe.model_copy(update={"near": recipe.far, "far": recipe.far + _ABOVE * (recipe.far - recipe.near)})
+    gate = gate_of(model, base, taught) if recipe.base == "analytic" else None
     touched = declared(recipe.contact, model.tree, key="contact") if recipe.network.acts_on == "contact" else None
     sight = Sight(base, gate, recipe.network.encode_angles, touched, recipe.dt)
     x, u, after = (torch.from_numpy(values.T.copy()) for values in (transitions.x, transitions.u, transitions.x_next))
