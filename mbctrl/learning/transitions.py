@@ -186,9 +186,9 @@ def split(transitions: Transitions, shares: tuple[float, float], seed: int) -> I
         )
     order = np.random.default_rng(seed).permutation(episodes)
     touching = np.isin(order, transitions.episode[transitions.contact])
-    place = np.where(touching, np.cumsum(touching) - 1, np.cumsum(~touching) - 1) / np.where(
-        touching, touching.sum(), (~touching).sum()
-    )
+    place = np.empty(len(order))  # in its own group, from 0 to 1
+    for group in (touching, ~touching):
+        place[group] = np.arange(group.sum()) / max(1, group.sum())
     order = order[np.lexsort((~touching, place))]  # of the first few, some touch
     held = np.cumsum([0, *counts])
     for chosen in (order[held[2] :], order[: held[1]], order[held[1] : held[2]]):
