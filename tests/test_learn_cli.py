@@ -96,7 +96,7 @@ def test_a_crash_in_training_keeps_the_last_good_model(here: Path, monkeypatch: 
         main(["train", "peg_learn.yaml", "tuesday.parquet", "-o", "model.npz"])
     assert len(calls) == 4 and (here / "model.npz").read_bytes() == good
     arm = peg(here)
-    assert load_residual("model.npz", arm.robot, arm.tree.revolute).members == 2
+    assert load_residual("model.npz", arm.robot, arm.tree).members == 2
     assert not [path for path in here.iterdir() if path.name.startswith(".")]
 
 
@@ -113,6 +113,8 @@ def test_a_crash_in_training_keeps_the_last_good_model(here: Path, monkeypatch: 
         (["train", "slow_learn.yaml", "monday.parquet"], "monday.parquet: dt: expected 0.04, found 0.02"),
         (["train", "typo_learn.yaml", "monday.parquet"], "typo_learn.yaml: surface: unknown key; did you mean 'surfaces'"),
         (["train", "high_learn.yaml", "monday.parquet"], "training: expected at least 10 transitions where the gate is above 0"),
+        (["train", "tip_learn.yaml", "monday.parquet"], "tip_learn.yaml: contact.tip: the model has no site or body 'tipp'.*'tip'"),
+        (["train", "lost_learn.yaml", "monday.parquet"], "lost_learn.yaml: surfaces.floor.frame: .* no site or body 'flor'"),
         (["train", "peg_learn.yaml", "short.parquet"], "short.parquet: expected at least 3 episodes"),
         (["evaluate", "monday.parquet", "tuesday.parquet"], "monday.parquet: is no learned model"),
     ],
@@ -128,6 +130,9 @@ def test_bad_input_is_one_line_and_exit_code_2(here: Path, capsys: pytest.Captur
     (here / "slow_learn.yaml").write_text(RECIPE.replace("dt: 0.02", "dt: 0.04"))
     (here / "typo_learn.yaml").write_text(RECIPE.replace("surfaces:", "surface:"))
     (here / "high_learn.yaml").write_text(RECIPE.replace("[0, 0, 0]", "[0, 0, -5]"))
+    contact = "contact: {tip: tipp, radius: 0.01, surface: floor, stiffness: 0.0, damping: 0.0, friction: 0.0}\n"
+    (here / "tip_learn.yaml").write_text(RECIPE + contact)
+    (here / "lost_learn.yaml").write_text(RECIPE.replace("name: floor,", "name: floor, frame: flor,"))
     assert main(words) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and len(error.strip().splitlines()) == 1

@@ -20,7 +20,7 @@ from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.dynamics.residual import Residual, Spread, load_residual, peek
+from mbctrl.dynamics.residual import Residual, Spread, load_residual, peek, physics_of
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.kernels.native import shared_pool
 from mbctrl.planning.compiled import kernel_dynamics, traced_residual
@@ -58,12 +58,15 @@ MADE = {"means": residual_of, "variances": with_variance, "identity": identity, 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_a_file_holds_all_of_it(arm2: Model, tmp_path: Path, make: Callable[[Model], Residual]) -> None:
     path = tmp_path / "model.npz"
-    written = replace(make(arm2), seed=5, versions={"mbctrl": "0.1.0"}, encode_angles=True, integrator="leapfrog")
+    physics = physics_of(arm2.tree)
+    written = replace(make(arm2), seed=5, physics=physics, versions={"mbctrl": "0.1.0"}, encode_angles=True, integrator="leapfrog")
     written.save(path)
-    read = load_residual(path, arm2.robot, arm2.tree.revolute, 0.02, "leapfrog")
+    read = load_residual(path, arm2.robot, arm2.tree, 0.02, "leapfrog")
     for name, value in vars(written).items():
         if name == "layers":
             assert all(np.array_equal(a, b) for one, other in zip(value, read.layers) for a, b in zip(one, other))
+        elif name == "physics":
+            assert value and all(np.array_equal(read.physics[key], x) for key, x in value.items())
         elif name == "spread":
             assert (value is None) == (read.spread is None)
             assert value is None or all(np.array_equal(x, vars(read.spread)[key]) for key, x in vars(value).items())
@@ -83,8 +86,8 @@ def edited(path: Path, arrays: dict[str, Any] | None = None, drop: str | None = 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "format: expected format 2, found 1"),
-        ({"format": None}, "format: expected format 2, found None"),
+        ({"format": 1}, "format: expected format 3, found 1"),
+        ({"format": None}, "format: expected format 3, found None"),
         ({"acts_on": "feet"}, "acts_on: expected one of joints, contact, found 'feet'"),
         ({"acts_on": "contact"}, "layers: expected 11 inputs and 3 outputs, found 8 and 2"),
         ({"robot": "panda"}, "robot: expected a model of 'arm2', found one of 'panda'"),
@@ -111,7 +114,7 @@ def test_what_does_not_fit_is_refused_in_one_line(arm2: Model, tmp_path: Path, c
     residual_of(arm2).save(path)
     edited(path, **change)
     with pytest.raises(SpecError, match=message) as caught:
-        load_residual(path, arm2.robot, arm2.tree.revolute)
+        load_residual(path, arm2.robot, arm2.tree)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -120,7 +123,7 @@ def test_no_model_at_all_is_one_line(arm2: Model, tmp_path: Path, content: bytes
     path = tmp_path / "model.npz"
     path.write_bytes(content)
     with pytest.raises(SpecError, match="model.npz: is no learned model"):
-        load_residual(path, arm2.robot, arm2.tree.revolute)
+        load_residual(path, arm2.robot, arm2.tree)
     with pytest.raises(SpecError, match="is no learned model"):
         peek(path)
 
@@ -141,7 +144,7 @@ def test_what_acts_on_a_contact_needs_one(arm2: Model, tmp_path: Path, change: d
     at_contact(arm2).save(path)
     edited(path, **change)
     with pytest.raises(SpecError, match=message) as caught:
-        load_residual(path, arm2.robot, arm2.tree.revolute)
+        load_residual(path, arm2.robot, arm2.tree)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -156,7 +159,7 @@ def test_a_pickle_is_never_opened(arm2: Model, tmp_path: Path) -> None:
         parts = dict(data)
     np.savez(path, **{**parts, "w0": np.array([Trap()], dtype=object)})
     with pytest.raises(SpecError, match="is no learned model"):
-        load_residual(path, arm2.robot, arm2.tree.revolute)
+        load_residual(path, arm2.robot, arm2.tree)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -164,10 +167,10 @@ def test_another_time_step_is_refused_where_there_is_no_physics_to_scale(arm2: M
     identity(arm2).save(tmp_path / "full.npz")
     residual_of(arm2).save(tmp_path / "gated.npz")
     with pytest.raises(SpecError, match=r"full.npz: dt: a model without physics has one time step, 0.02 s; expected 0.01 s"):
-        load_residual(tmp_path / "full.npz", arm2.robot, arm2.tree.revolute, 0.01)
-    assert load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree.revolute, 0.01).dt == 0.02
+        load_residual(tmp_path / "full.npz", arm2.robot, arm2.tree, 0.01)
+    assert load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree, 0.01).dt == 0.02
     with pytest.raises(SpecError, match=r"gated.npz: integrator: was learnt on top of 'euler', found 'leapfrog'"):
-        load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree.revolute, 0.02, "leapfrog")
+        load_residual(tmp_path / "gated.npz", arm2.robot, arm2.tree, 0.02, "leapfrog")
 
 
 def test_other_physics_beneath_is_refused(arm2: Model, tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def test_other_physics_beneath_is_refused(arm2: Model, tmp_path: Path) -> None:
     free = contact.model_copy(update={"stiffness": 0.0, "damping": 0.0})
     residual_of(arm2).save(tmp_path / "free.npz")
     replace(residual_of(arm2), contact=contact).save(tmp_path / "touching.npz")
-    known = (arm2.robot, arm2.tree.revolute, 0.02, "euler")
+    known = (arm2.robot, arm2.tree, 0.02, "euler")
     assert load_residual(tmp_path / "touching.npz", *known, contact).contact == contact
     for declared in (None, free):
         assert load_residual(tmp_path / "free.npz", *known, declared).contact is None
@@ -183,6 +186,21 @@ def test_other_physics_beneath_is_refused(arm2: Model, tmp_path: Path) -> None:
             load_residual(tmp_path / "touching.npz", *known, declared)
     with pytest.raises(SpecError, match=r"free.npz: contact: was learnt on top of no contact, found dynamics.contact: tip='tool'"):
         load_residual(tmp_path / "free.npz", *known, contact)
+
+
+def test_other_parameters_of_the_arm_beneath_are_refused(arm2: Model, tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    replace(residual_of(arm2), physics=physics_of(arm2.tree)).save(path)
+    rounded = replace(arm2.tree, inertia=arm2.tree.inertia * (1 + 1e-9))
+    assert load_residual(path, arm2.robot, rounded).robot == "arm2"
+    heavier = replace(arm2.tree, mass=arm2.tree.mass * [1.0, 1.1])
+    joint, was = arm2.tree.joints[1], arm2.tree.mass[1]
+    message = f"model.npz: physics: was learnt on top of other parameters.*: mass of {joint} {was:.6g}, found {1.1 * was:.6g}"
+    with pytest.raises(SpecError, match=message):
+        load_residual(path, arm2.robot, heavier)
+    edited(path, arrays={"physics_com": np.zeros(3)})
+    with pytest.raises(SpecError, match=r"physics: expected com of shape \(2, 3\), found \(3,\)"):
+        load_residual(path, arm2.robot, arm2.tree)
 
 
 def test_an_earlier_file_stays_until_the_new_one_is_whole(arm2: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +248,7 @@ def test_raw_angles_are_a_field_of_the_file_and_the_same_compiled(arm2: Model, t
     shorter = {name: getattr(encoded, name)[:6] for name in ("input_mean", "input_scale")}
     raw = replace(encoded, layers=(first, *encoded.layers[1:]), encode_angles=False, **shorter)
     raw.save(tmp_path / "raw.npz")
-    assert load_residual(tmp_path / "raw.npz", arm2.robot, arm2.tree.revolute).encode_angles is False
+    assert load_residual(tmp_path / "raw.npz", arm2.robot, arm2.tree).encode_angles is False
     base = RigidBodyDynamics(arm2.tree, 0.02, dtype=torch.float64)
     hybrid = HybridDynamics(base, raw, arm2.tree.frames["tcp"], capsule_obstacle)
     x = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

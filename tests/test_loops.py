@@ -151,7 +151,7 @@ def test_trials_aggregate_and_are_reproducible(tmp_path: Path) -> None:
     kept = read_transitions(tmp_path / "one" / "transitions.parquet")
     assert len(kept) == 110 and len(np.unique(kept.episode)) == 3 and kept.source.dt == 0.05
     arm = load_model("pendulum")
-    assert load_residual(tmp_path / "one" / "model.npz", arm.robot, arm.tree.revolute, 0.05).members == 2
+    assert load_residual(tmp_path / "one" / "model.npz", arm.robot, arm.tree, 0.05).members == 2
     again = loop_of(file, tmp_path / "two").run()
     other = loop_of(file, tmp_path / "three", seed=1).run()
     assert [trial.reward for trial in again] == [trial.reward for trial in first] != [trial.reward for trial in other]

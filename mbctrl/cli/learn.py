@@ -30,7 +30,7 @@ def train(recipe: str, logs: Sequence[str], out: Path) -> int:
     _needs(logs, "training")
     from mbctrl.cli.build import load_arm
     from mbctrl.learning.fit import fit
-    from mbctrl.learning.recipe import load_learning_recipe
+    from mbctrl.learning.recipe import check_frames, load_learning_recipe
     from mbctrl.learning.samples import samples_of
     from mbctrl.learning.transitions import cut, split
 
@@ -38,6 +38,7 @@ def train(recipe: str, logs: Sequence[str], out: Path) -> int:
         raise SpecError(f"expected a name that ends in .npz, found '{out}'", file="command line", key="--out")
     spec, file = load_learning_recipe(recipe)
     arm = load_arm(spec.robot, file)
+    check_frames(spec, arm.tree, file)
     every = _read(logs, arm, spec.dt, spec)
     every = cut(every, spec.episode) if spec.episode is not None else every
     samples_of(every, arm, spec)  # what is no number is refused by the row it has in its file
@@ -84,7 +85,7 @@ def evaluate(
 
     name, dt = peek(model)
     arm = load_arm(RobotSpec(name=robot or name, parameters=parameters), model)
-    residuals = {path.name: load_residual(path, arm.robot, arm.tree.revolute, dt) for path in (model, *beside)}
+    residuals = {path.name: load_residual(path, arm.robot, arm.tree, dt) for path in (model, *beside)}
     if len(residuals) != 1 + len(beside):
         raise SpecError("expected models with different file names", file="command line", key="--beside")
     own = residuals[model.name]

@@ -25,7 +25,7 @@ from mbctrl.cli.session import Session
 from mbctrl.learning.explore import RandomCommands
 from mbctrl.learning.fit import fit
 from mbctrl.learning.loops import LearnSpec, load_loop
-from mbctrl.learning.recipe import LearningRecipe
+from mbctrl.learning.recipe import LearningRecipe, check_frames
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import analytic_model, gate_of, samples_of, with_gaps
 from mbctrl.learning.transitions import Transitions, concatenate, cut, split, write_transitions
@@ -88,6 +88,7 @@ class Loop:
         self._learned = config.model_copy(update={"planner": planner, "dynamics": dynamics})
         self.model = load_run_model(config, file)
         check_goal(config, self.model, file)
+        check_frames(recipe, self.model.tree, file)
         self._source = source_of(self.model.robot, self.model.tree.revolute, recipe.dt)
         rng = np.random.default_rng((config.seed, 1))
         self._random = RandomCommands(self.model.robot, spec.share, spec.hold * recipe.dt, recipe.dt, rng)

@@ -37,8 +37,10 @@ from mbctrl.dynamics.tree import Frame, RigidTree
 ACTIVATIONS = ("tanh", "silu", "relu")
 BASES = ("analytic", "identity")
 TARGETS = ("joints", "contact")
-FORMAT = 2
+FORMAT = 3
 """Version of the file's layout."""
+PHYSICS = ("mass", "com", "inertia", "armature", "damping", "friction")
+"""What calibrations change of an arm, by its names in ``RigidTree``."""
 _VECTORS = ("input_mean", "input_scale", "output_scale")
 _SCALARS = ("near", "far", "dt")
 
@@ -55,7 +57,7 @@ class Surfaces(Spec):
     surfaces: tuple[Surface, ...] = Field(min_length=1)
 
 
-def frame_of(surface: Surface, tree: RigidTree) -> Frame | None:
+def frame_of(surface: Surface, tree: RigidTree, file: str | Path | None = None) -> Frame | None:
     """Return the frame a surface is in, None for the world.
 
     Errors:
@@ -66,6 +68,7 @@ def frame_of(surface: Surface, tree: RigidTree) -> Frame | None:
     if surface.frame not in tree.frames:
         raise SpecError(
             f"the model has no site or body '{surface.frame}'{suggest(surface.frame, tree.frames)}",
+            file=file,
             key=f"surfaces.{surface.name}.frame",
         )
     return tree.frames[surface.frame]
@@ -110,6 +113,7 @@ class Residual:
         encode_angles: False gives the networks q itself in place of sines and cosines, to show what that costs.
         integrator: of the analytic model it was learnt on top of.
         contact: that model's; None: there is none.
+        physics: that model's numbers, one array for each of PHYSICS; empty where ``base`` is identity.
         seed: of the training.
         versions: of the programs that made it.
     """
@@ -131,6 +135,7 @@ class Residual:
     encode_angles: bool = True
     integrator: str = "euler"
     contact: ContactSpec | None = None
+    physics: Mapping[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -167,6 +172,7 @@ class Residual:
         if self.spread is not None:
             arrays["bounds"] = np.stack([self.spread.lowest, self.spread.highest])
             arrays["spread"] = np.vstack([self.spread.scale, self.spread.rest])
+        arrays |= {f"physics_{name}": values for name, values in self.physics.items()}
         about = {
             "format": FORMAT,
             "robot": self.robot,
@@ -197,7 +203,7 @@ def peek(path: str | Path) -> tuple[str, float]:
 def load_residual(
     path: str | Path,
     robot: Robot,
-    revolute: tuple[bool, ...],
+    tree: RigidTree,
     dt: float | None = None,
     integrator: str | None = None,
     contact: ContactSpec | None = None,
@@ -207,7 +213,7 @@ def load_residual(
     Args:
         path: of the file.
         robot: the arm it is to be of.
-        revolute: which of its joints turn.
+        tree: its joints and its numbers, calibrated ones where it has any.
         dt: the time step [s] it is to be used at; None: its own. A model without physics knows no other than its own.
         integrator: of the analytic model it is to be used on top of; None: its own, and its own contact.
         contact: that model's; one without stiffness and damping is none.
@@ -227,13 +233,14 @@ def load_residual(
         residual = _built(about, arrays, path)
     except (KeyError, TypeError, ValueError) as error:
         raise SpecError(f"is no learned model: {error}", file=path) from None
-    _check(residual, path, revolute, robot.nu)
+    _check(residual, path, tree.revolute, robot.nu)
     if residual.base == "identity" and dt is not None and abs(dt - residual.dt) > 1e-9:
         raise SpecError(f"a model without physics has one time step, {residual.dt:g} s; expected {dt:g} s", file=path, key="dt")
     if residual.base == "analytic" and integrator not in (None, residual.integrator):
         raise SpecError(f"was learnt on top of '{residual.integrator}', found '{integrator}'", file=path, key="integrator")
     if residual.base == "analytic" and integrator is not None:
         _check_contact(residual.contact, contact, path)
+    _check_physics(residual.physics, tree, path)
     return residual
 
 
@@ -245,6 +252,25 @@ def _check_contact(learnt: ContactSpec | None, found: ContactSpec | None, path: 
     ]
     if told[0] != told[1]:
         raise SpecError(f"was learnt on top of {told[0]}, found dynamics.contact: {told[1]}", file=path, key="contact")
+
+
+def physics_of(tree: RigidTree) -> dict[str, np.ndarray]:
+    """Return an arm's numbers that calibrations change."""
+    return {name: np.asarray(getattr(tree, name), float) for name in PHYSICS}
+
+
+def _check_physics(learnt: Mapping[str, np.ndarray], tree: RigidTree, path: str | Path) -> None:
+    """Refuse an arm with other numbers than it was learnt on top of: what is missed of one is not missed of the other."""
+    for name, found in physics_of(tree).items():
+        expected = learnt.get(name, found)
+        if expected.shape != found.shape:
+            raise SpecError(f"expected {name} of shape {found.shape}, found {expected.shape}", file=path, key="physics")
+        same = np.isclose(found, expected, rtol=1e-6, atol=1e-9).reshape(tree.n, -1)
+        if not same.all():
+            i, k = np.argwhere(~same)[0]
+            was, now = (values.reshape(tree.n, -1)[i, k] for values in (expected, found))
+            told = f"was learnt on top of other parameters of the robot: {name} of {tree.joints[i]} {was:.6g}, found {now:.6g}"
+            raise SpecError(told, file=path, key="physics")
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -285,6 +311,7 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         encode_angles=bool(about["encode_angles"]),
         integrator=str(about["integrator"]),
         contact=None if about["contact"] is None else validate(ContactSpec, about["contact"], path, "contact"),
+        physics={name: arrays[f"physics_{name}"] for name in PHYSICS if f"physics_{name}" in arrays},
         seed=int(about["seed"]),
         versions=dict(about["versions"]),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from mbctrl import __version__
 from mbctrl.base.errors import MbctrlError
 from mbctrl.dynamics.load import Model
-from mbctrl.dynamics.residual import Residual, Spread
+from mbctrl.dynamics.residual import Residual, Spread, physics_of
 from mbctrl.learning.ensemble import HIGHEST, LOWEST, Ensemble
 from mbctrl.learning.recipe import LearningRecipe, TrainingSpec
 from mbctrl.learning.samples import Samples, concatenated
@@ -293,6 +293,7 @@ def _file(
         encode_angles=recipe.network.encode_angles,
         integrator=recipe.integrator,
         contact=recipe.contact,
+        physics=physics_of(model.tree) if recipe.base == "analytic" else {},
         seed=recipe.training.seed,
         versions={"mbctrl": __version__, "torch": version("torch"), "numpy": version("numpy")},
     )

@@ -11,7 +11,9 @@ from mbctrl.base.config import ContactSpec, RobotSpec
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
-from mbctrl.dynamics.residual import Surface
+from mbctrl.dynamics.contact import declared
+from mbctrl.dynamics.residual import Surface, frame_of
+from mbctrl.dynamics.tree import RigidTree
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[Number, Field(gt=0, lt=0.5)]
@@ -94,3 +96,10 @@ def load_learning_recipe(name: str) -> tuple[LearningRecipe, Path]:
     """Load a recipe by name or path; SpecError names file and key."""
     path = find("learning", name)
     return validate(LearningRecipe, load_yaml(path), path), path
+
+
+def check_frames(recipe: LearningRecipe, tree: RigidTree, file: str | Path) -> None:
+    """Refuse a contact and surfaces in frames that the robot's model does not have; SpecError names the recipe's ``file``."""
+    declared(recipe.contact, tree, file, "contact")
+    for surface in recipe.surfaces:
+        frame_of(surface, tree, file)

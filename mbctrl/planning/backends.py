@@ -193,7 +193,7 @@ def hybrid_of(
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
         raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
-    residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator, config.dynamics.contact)
+    residual = load_residual(path, model.robot, model.tree, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
