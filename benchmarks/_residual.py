@@ -17,7 +17,7 @@ from mbctrl.dynamics.residual import Residual
 from mbctrl.learning.evaluate import KINDS, coverage, open_loop, windows_of
 from mbctrl.learning.fit import fit
 from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
-from mbctrl.learning.samples import analytic_model, gate_of, learned_model, samples_of, with_gaps
+from mbctrl.learning.samples import analytic_model, learned_model, samples_of, with_gaps
 from mbctrl.learning.transitions import Transitions, cut, read_transitions, split
 
 LEARNED = ("full", "residual", "gated", "gated on fitted contact")
@@ -83,7 +83,7 @@ def made(job: Training) -> Made:
         model = analytic_model(arm, recipe.dt, recipe.integrator, contact)
         made = Made(job.kind, {"contact": contact.model_dump(include=set(FITTED))})
     for name, path in job.tests.items():
-        test = with_gaps(read_transitions(path), arm, gate_of(arm, analytic_model(arm, recipe.dt), recipe))
+        test = with_gaps(read_transitions(path), arm, recipe)
         judge(made, name, model, test, arm)
     return made
 

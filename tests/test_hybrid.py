@@ -37,7 +37,7 @@ def residual_of(model: Model, members: int = 3, hidden: tuple[int, ...] = (9, 5)
     turning, means = sum(model.tree.revolute), n
     inputs = 2 * turning + (n - turning) + n + model.robot.nu
     if changes.get("acts_on") == "contact":
-        inputs, means = SEEN_OF_CONTACT, 3
+        inputs, means, changes = SEEN_OF_CONTACT, 3, {"surfaces": (), **changes}
     sizes = (inputs, *hidden, means)
     layers = tuple((rng.normal(0, a**-0.5, (members, b, a)), rng.normal(0, 0.1, (members, b))) for a, b in zip(sizes, sizes[1:]))
     parts: dict[str, Any] = {
@@ -53,6 +53,11 @@ def residual_of(model: Model, members: int = 3, hidden: tuple[int, ...] = (9, 5)
         "joints": model.robot.joints,
     }
     return Residual(layers, **{**parts, **changes})
+
+
+def opened(hybrid: HybridDynamics, q: torch.Tensor) -> torch.Tensor:
+    """Return g (N,) at positions ``q`` (nq, N)."""
+    return hybrid.gate.open(hybrid.gate.gap(q))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def test_the_residual_is_the_formula(panda: Model) -> None:
             z = w[e] @ z + b[e][:, None]
             z = np.tanh(z) if k < len(residual.layers) - 1 else z
         outputs.append(z)
-    gate = np.maximum(hybrid.gate(x[:n]).numpy(), hybrid.gate(physics[:n]).numpy())
+    gate = np.maximum(opened(hybrid, x[:n]).numpy(), opened(hybrid, physics[:n]).numpy())
     more = gate * residual.output_scale[:, None] * np.mean(outputs, 0)
     assert 0.1 < (gate > 0).mean() < 1 and (gate == 0).any()
     np.testing.assert_allclose((after - physics)[n:].numpy(), more, atol=1e-13)
@@ -98,7 +103,7 @@ def test_far_from_contact_the_physics_is_exact_whatever_the_networks_say(panda: 
     wild = residual_of(panda, output_scale=np.full(7, 1e30), near=0.001, far=0.002)
     hybrid, x = hybrid_of(panda, wild), states(panda, 60)
     u = torch.zeros(7, 60, dtype=F64)
-    away = hybrid.gate(x[:7]) + hybrid.gate(hybrid.base.step(x, u)[:7]) == 0
+    away = opened(hybrid, x[:7]) + opened(hybrid, hybrid.base.step(x, u)[:7]) == 0
     assert away.sum() > 20
     assert torch.equal(hybrid.step(x, u)[:, away], hybrid.base.step(x, u)[:, away])
 
@@ -107,7 +112,7 @@ def test_the_gate_is_one_at_contact_none_far_away_and_smooth_between(panda: Mode
     hybrid = hybrid_of(panda, residual_of(panda, surfaces=TABLE[:1]))
     q = torch.tensor(panda.robot.home, dtype=F64)[:, None].repeat(1, 400)
     q[3] = torch.linspace(-2.6, -0.8, 400)  # the elbow stretches, the tool goes down and out
-    gates, heights = hybrid.gate(q), []
+    gates, heights = opened(hybrid, q), []
     for a, b, radius, link in hybrid.gate.capsules:
         ends = hybrid.base.points(hybrid.base.poses(q), link, np.stack([a, b]))
         heights.append(torch.minimum(ends[0][2], ends[1][2]) - 0.35 - radius)
@@ -152,10 +157,13 @@ def moving(model: Model) -> tuple[Surface, ...]:
 
 @pytest.mark.parametrize("name", ["panda", "panda_wipe", "panda_push"])
 @pytest.mark.parametrize("integrator", ["euler", "leapfrog"])
-def test_kernels_see_the_same_contact_and_surfaces_that_move(name: str, integrator: str) -> None:
+@pytest.mark.parametrize("acts_on", ["contact", "joints"])
+def test_kernels_see_the_same_contact_and_surfaces_that_move(name: str, integrator: str, acts_on: str) -> None:
     model = load_model(name)
-    acts: dict[str, Any] = {"acts_on": "contact", "contact": touch_of(model), "integrator": integrator}
-    residual = residual_of(model, surfaces=moving(model), near=0.2, far=1.5, **acts)
+    acts: dict[str, Any] = (
+        {"acts_on": "contact", "contact": touch_of(model)} if acts_on == "contact" else {"surfaces": moving(model)}
+    )
+    residual = residual_of(model, near=0.2, far=1.5, integrator=integrator, **acts)
     base = RigidBodyDynamics(model.tree, 0.02, commanded=model.robot.command_index, integrator=integrator, dtype=F64)
     hybrid = HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
     kernel = kernel_dynamics(base, CpuEngine(shared_pool(0), np.float64), traced_residual(hybrid))
@@ -164,8 +172,11 @@ def test_kernels_see_the_same_contact_and_surfaces_that_move(name: str, integrat
     for dt in (0.02, 0.01):
         expected = hybrid.with_dt(dt).rollout(x, u).numpy()
         np.testing.assert_allclose(kernel.with_dt(dt).rollout(x.numpy(), u.numpy()), expected, rtol=1e-6, atol=1e-8)
+    gates = hybrid.step_gate(x, u[0])
+    assert gates.max() - gates.min() > 0.2
     still = tuple(surface.model_copy(update={"frame": None}) for surface in residual.surfaces)
-    blind = HybridDynamics(base, replace(residual, surfaces=still), model.tree.frames[model.robot.tool], capsule_obstacle)
+    other = {"near": 0.1} if acts_on == "contact" else {"surfaces": still}
+    blind = HybridDynamics(base, replace(residual, **other), model.tree.frames[model.robot.tool], capsule_obstacle)
     assert np.abs(blind.rollout(x, u).numpy() - hybrid.rollout(x, u).numpy()).max() > 1e-4
 
 
@@ -185,11 +196,40 @@ def test_what_is_seen_of_a_contact_is_linear_algebra() -> None:
 
 
 @pytest.mark.parametrize("integrator", ["euler", "leapfrog"])
+def test_networks_of_a_contact_are_gated_by_its_tip(integrator: str) -> None:
+    """By the smaller gap of where a step takes its forces and of its untouched end; beyond it, not a bit is added."""
+    model = load_model("panda_wipe")
+    contact = touch_of(model).model_copy(update={"half": None})
+    wild = residual_of(
+        model, acts_on="contact", contact=contact, integrator=integrator, near=0.0, far=0.1, output_scale=np.full(3, 1e30)
+    )
+    base = RigidBodyDynamics(model.tree, 0.02, integrator=integrator, dtype=F64)
+    tip, plate = model.tree.frames[model.robot.tool], model.tree.frames["table_top"]
+    hybrid = HybridDynamics(base, wild, tip, capsule_obstacle)
+    x, u = 0.3 * states(model, 300), torch.zeros(8, 300, dtype=F64)
+
+    def gap(q: torch.Tensor) -> torch.Tensor:
+        poses = base.poses(q)
+        rotation, position = base.frame(poses, plate)
+        return ((base.point(poses, tip.link, tip.position) - position) * rotation[:, 2]).sum(0) - contact.radius
+
+    x[7] += gap(x[:8]) - torch.linspace(-0.05, 0.25, 300)  # the plate comes near, from under the tip to above it
+    after, physics = hybrid.step(x, u), base.step(x, u)
+    nearest = torch.minimum(gap(x[:8] + (0.01 * x[8:] if integrator == "leapfrog" else 0.0)), gap(physics[:8]))
+    away = nearest > 0.1 + 0.01  # a step's end is found along a tangent
+    assert away.sum() > 20 and torch.equal(after[:, away], physics[:, away])
+    gates, part = hybrid.step_gate(x, u), ((0.1 - nearest) / 0.1).clamp(0, 1)
+    torch.testing.assert_close(gates, part**2 * (3 - 2 * part), rtol=0, atol=0.05)
+    assert (gates[nearest < -0.01] == 1).all() and ((gates > 0) & (gates < 1)).sum() > 20
+    torch.testing.assert_close(hybrid.gate.gap(x[:8]), gap(x[:8]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("integrator", ["euler", "leapfrog"])
 def test_impulses_act_at_the_contact(integrator: str) -> None:
     """Rows by finite differences of the tip in the plate's axes; the step's matrix by pushing on single joints for a step."""
     model = load_model("panda_wipe")
     acts: dict[str, Any] = {"acts_on": "contact", "contact": touch_of(model), "integrator": integrator}
-    residual = residual_of(model, surfaces=TABLE, near=5.0, far=6.0, **acts)
+    residual = residual_of(model, near=5.0, far=6.0, **acts)
     tree = replace(model.tree, friction=np.zeros(8))  # friction is not linear in what is pushed
     base = RigidBodyDynamics(tree, 0.02, integrator=integrator, dtype=F64)
     tip, plate = model.tree.frames[model.robot.tool], model.tree.frames["table_top"]
@@ -228,7 +268,7 @@ def test_deviations_of_impulses_are_those_of_joint_speeds() -> None:
     """Variances through the answers, and what no impulse explains, with and without contact."""
     model = load_model("panda_wipe")
     contact = touch_of(model)
-    plain = residual_of(model, acts_on="contact", contact=contact, surfaces=TABLE, near=5.0, far=6.0)
+    plain = residual_of(model, acts_on="contact", contact=contact, near=5.0, far=6.0)
     rest = np.stack([np.linspace(0.01, 0.08, 8), np.linspace(0.1, 0.8, 8)])
     spread = Spread(np.full(3, -6.0), np.full(3, 2.0), np.linspace(0.5, 2, 8), rest)
     (w, b), rng = plain.layers[-1], np.random.default_rng(0)

@@ -108,7 +108,7 @@ def test_beyond_the_gate_the_physics_is_exact_and_through_impacts_errors_stay_bo
 def test_the_law_of_a_contact_is_learnt_as_an_impulse(arm: Model, parts: list[Transitions]) -> None:
     """The floor's impulse in a step, known in closed form: what the speed changed by that gravity and the command did not do."""
     network = {**SMALL, "acts_on": "contact"}
-    recipe = recipe_of(network=network, contact=TOUCH, near=0.002, far=0.008, training={"epochs": 150, "batch": 64})
+    recipe = recipe_of(network=network, contact=TOUCH, surfaces=(), near=0.002, far=0.008, training={"epochs": 150, "batch": 64})
     training, held = (samples_of(part, arm, recipe) for part in parts[:2])
     torch.testing.assert_close(training.answers[:, 0], torch.tensor([0.0, 0.0, 1 / MASS]).expand(len(training), 3))
     fitted = fit(training, held, arm, recipe)

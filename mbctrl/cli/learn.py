@@ -89,7 +89,7 @@ def evaluate(
     if len(residuals) != 1 + len(beside):
         raise SpecError("expected models with different file names", file="command line", key="--beside")
     own = residuals[model.name]
-    every = _read(logs, arm, own.dt, next((each for each in residuals.values() if each.surfaces), None))
+    every = _read(logs, arm, own.dt, next((each for each in residuals.values() if each.base == "analytic"), None))
     hybrid = learned_model(arm, own)
     errors = _compared(residuals, arm, every, own.integrator)
     out = out or Path("runs") / f"evaluate-{model.stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -122,14 +122,12 @@ def _needs(logs: Sequence[str], purpose: str) -> None:
 
 
 def _read(logs: Sequence[str], arm: Model, dt: float, gated: Any) -> Transitions:
-    """Return the transitions of logs; gaps are measured where something with surfaces says to what."""
+    """Return the transitions of logs; gaps are measured where something gated says to what."""
     from mbctrl.learning.runs import read_all, source_of
-    from mbctrl.learning.samples import analytic_model, gate_of, with_gaps
+    from mbctrl.learning.samples import with_gaps
 
     every = read_all(logs, source_of(arm.robot, arm.tree.revolute, dt))
-    if gated is None or not gated.surfaces:
-        return every
-    return with_gaps(every, arm, gate_of(arm, analytic_model(arm, dt), gated))
+    return every if gated is None else with_gaps(every, arm, gated)
 
 
 def _compared(residuals: dict[str, Any], arm: Model, every: Transitions, integrator: str) -> list[Errors]:

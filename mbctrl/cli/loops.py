@@ -27,7 +27,7 @@ from mbctrl.learning.fit import fit
 from mbctrl.learning.loops import LearnSpec, load_loop
 from mbctrl.learning.recipe import LearningRecipe, check_frames
 from mbctrl.learning.runs import from_run, source_of
-from mbctrl.learning.samples import analytic_model, gate_of, samples_of, with_gaps
+from mbctrl.learning.samples import samples_of, with_gaps
 from mbctrl.learning.transitions import Transitions, concatenate, cut, split, write_transitions
 from mbctrl.planning.controller import MpcController
 
@@ -180,8 +180,7 @@ class Loop:
     def _fit(self, every: Transitions) -> None:
         """Learn and write the model, whole or not at all."""
         recipe, arm = self.recipe, self.model
-        if recipe.surfaces:
-            every = with_gaps(every, arm, gate_of(arm, analytic_model(arm, recipe.dt, recipe.integrator), recipe))
+        every = with_gaps(every, arm, recipe)
         pieces = every if recipe.episode is None else cut(every, recipe.episode)
         training, held, _ = split(pieces, (recipe.training.validation, 0.0), recipe.training.seed)
         sets = [samples_of(part, arm, recipe) for part in (training, held)]

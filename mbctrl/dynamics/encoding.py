@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mbctrl.dynamics.actuation import Torque
-from mbctrl.dynamics.contact import Contact, seen_of_contact
-from mbctrl.dynamics.gate import Gate
+from mbctrl.dynamics.contact import seen_of_contact
+from mbctrl.dynamics.gate import Gate, TipGate
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.touch import Touch
 
@@ -78,14 +78,13 @@ class Sight:
 
     Args:
         base: the analytic arm.
-        gate: where the networks count; None: everywhere, without physics beneath.
+        gate: where the networks count; a contact's, where they give impulses to that; None: everywhere, without physics beneath.
         angles: as ``Encoding``.
-        contact: what networks give impulses to; None: they give joint speeds.
         dt: the time step [s] the networks were fitted for.
     """
 
-    def __init__(self, base: RigidBodyDynamics, gate: Gate | None, angles: bool, contact: Contact | None, dt: float) -> None:
-        self.gate, self.encode, self._contact, self._dt = gate, Encoding(base, angles), contact, dt
+    def __init__(self, base: RigidBodyDynamics, gate: Gate | TipGate | None, angles: bool, dt: float) -> None:
+        self.gate, self.encode, self._dt = gate, Encoding(base, angles), dt
 
     def __call__(self, base: RigidBodyDynamics, x: Tensor, u: Tensor) -> Seen:
         """Return what is seen of a step of ``base``, the analytic arm, of any time step, from ``x`` (nx, N) under ``u`` (nu, N)."""
@@ -93,13 +92,13 @@ class Sight:
         if self.gate is None:
             return Seen(None, torch.ones_like(x[0]), self.encode(x, u))
         after, matrix, middle = base.moved(x, u)
-        gate = self.gate.open(self.gate.gaps(x[:n], after[:n]).amin(0))
-        if self._contact is None:
-            return Seen(after, gate, self.encode(x, u))
-        touch, part = Touch(base, self._contact, middle), self._dt / base.dt
+        if isinstance(self.gate, Gate):
+            return Seen(after, self.gate.open(self.gate.gaps(x[:n], after[:n]).amin(0)), self.encode(x, u))
+        touch, part = Touch(base, self.gate.contact, middle), self._dt / base.dt
         answers, rows = touch.answers(matrix), touch.rows
         before, change = (rows * x[n:]).sum(1), (rows * ((after[n:] - x[n:]) * part)).sum(1)  # (3, N)
         mobility = (rows[:, :, None] * answers[None]).sum(1)  # (3, 3, N)
         free = before + change
-        touching = touch.depth - base.lead * part * free[2] > 0
-        return Seen(after, gate, torch.stack(seen_of_contact(touch.depth, before, free, mobility)), answers, touching)
+        ahead = touch.depth - base.lead * part * free[2]
+        gate = self.gate.open(-torch.maximum(touch.depth, ahead))
+        return Seen(after, gate, torch.stack(seen_of_contact(touch.depth, before, free, mobility)), answers, ahead > 0)

@@ -11,12 +11,29 @@ from torch import Tensor
 
 from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.encoding import Seen, Sight
-from mbctrl.dynamics.gate import Gate
+from mbctrl.dynamics.gate import Gate, Opening, TipGate
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 
 ACTIVATIONS = {"tanh": torch.tanh, "silu": torch.nn.functional.silu, "relu": torch.relu}
+
+
+def gate_of(base: RigidBodyDynamics, learnt: Any, tool: Frame, distance: Any) -> Gate | TipGate | None:
+    """Return the gate of a learned model, or of a recipe of one, on top of ``base``; None where there is no physics beneath.
+
+    Args:
+        learnt: its ``base``, ``acts_on``, ``contact``, ``surfaces``, ``near`` and ``far`` are looked at.
+        tool, distance: as ``HybridDynamics``.
+    """
+    if learnt.base == "identity":
+        return None
+    opening = Opening(learnt.near, learnt.far)
+    if learnt.acts_on == "joints":
+        return Gate(base, tool, learnt.surfaces, opening, distance)
+    contact = declared(learnt.contact, base.tree, key="contact")
+    assert contact is not None  # the file was checked
+    return TipGate(base, contact, opening)
 
 
 class HybridDynamics:
@@ -25,7 +42,7 @@ class HybridDynamics:
     Args:
         base: the analytic arm; of a fully learned model only its joints, commands and time step count.
         residual: the ensemble.
-        tool: the gate looks at the capsules of this frame's link, or at the frame where there are none.
+        tool: a gate of surfaces looks at the capsules of this frame's link, or at the frame where there are none.
         distance: ``mbctrl.tasks.distance.capsule_obstacle``, from a layer above.
     """
 
@@ -39,10 +56,8 @@ class HybridDynamics:
         self._sum = last.transpose(0, 1).reshape(last.shape[1], -1) if len(self._layers) > 1 else last.sum(0), offset.sum(0)
         w, b = residual.hidden()[-1]
         self._heads = self._tensor(w), self._tensor(b)[:, :, None]
-        gated = residual.base == "analytic"
-        self.gate = Gate(base, tool, residual.surfaces, residual.near, residual.far, distance) if gated else None
-        contact = declared(residual.contact, base.tree, key="contact") if residual.acts_on == "contact" else None
-        self._sight = Sight(base, self.gate, residual.encode_angles, contact, residual.dt)
+        self.gate = gate_of(base, residual, tool, distance)
+        self._sight = Sight(base, self.gate, residual.encode_angles, residual.dt)
         self._scale = self._tensor(residual.output_scale)[:, None]
         spread = residual.spread
         self._spread = spread and replace(spread, **{k: self._tensor(value)[..., None] for k, value in vars(spread).items()})

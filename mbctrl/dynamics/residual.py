@@ -103,10 +103,11 @@ class Residual:
         activation: tanh, silu or relu.
         input_mean, input_scale: (inputs,) subtracted from, then divided out of, the inputs.
         output_scale: (means,) of S [rad/s] or [N·s].
-        near, far: g is 1 up to ``near`` [m] and 0 from ``far`` [m] on, smooth between.
+        near, far: g is 1 up to ``near`` [m] and 0 from ``far`` [m] on, smooth between; of the gap of what is acted on.
         dt: the time step [s] it was fitted for; another one scales with it.
         robot, joints: whose it is, its joints in order.
-        surfaces: what the gate measures the distance of the tool's capsules to; none where ``base`` is identity.
+        surfaces: what the gate measures the distance of the tool's capsules to; none for ``base`` identity, and where it acts
+            on a contact.
         base: ``analytic`` or ``identity``.
         spread: None for networks that give means only.
         acts_on: ``joints``, or ``contact``: its tip and surface.
@@ -304,7 +305,9 @@ def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Pat
         *(float(arrays[name]) for name in _SCALARS),
         robot=about["robot"],
         joints=tuple(about["joints"]),
-        surfaces=() if identity else validate(Surfaces, {"surfaces": about["surfaces"]}, path).surfaces,
+        surfaces=()
+        if identity or about["acts_on"] == "contact"
+        else validate(Surfaces, {"surfaces": about["surfaces"]}, path).surfaces,
         base=about["base"],
         spread=spread,
         acts_on=str(about["acts_on"]),

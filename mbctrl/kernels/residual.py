@@ -52,11 +52,13 @@ class TracedResidual:
         These two are not looked at by a model that stands alone, which has no gate.
         """
         part = step.h * (1.0 / self.residual.dt)
-        gate, answers = 1.0 if self.alone else self._gate(step, before, after), None
+        gate, answers = 1.0, None
         if stepped is not None and self.residual.acts_on == "contact":
-            inputs, answers = self._contact(step, v, stepped)
+            inputs, answers, gate = self._contact(step, v, stepped)
         else:
             inputs = self._encoded(step, q, v, u, before)
+            if not self.alone:
+                gate = self._open(minimum(self._distance(step, before), self._distance(step, after)))
         total: Any = 0.0
         for k, network in enumerate(self.networks):
             total = total + graph.network(k, network, inputs, gate)
@@ -71,17 +73,18 @@ class TracedResidual:
         seen = [*sine[turning], *cosine[turning], *q[sliding]] if self.residual.encode_angles else list(q)
         return [*seen, *v, *command]
 
-    def _contact(self, step: TracedStep, v: Array, stepped: Stepped) -> tuple[list[Any], Array]:
-        """Return what networks see that act on a contact, and what joint speeds (n, 3) unit impulses there give."""
+    def _contact(self, step: TracedStep, v: Array, stepped: Stepped) -> tuple[list[Any], Array, Any]:
+        """Return what networks see that act on a contact, what joint speeds (n, 3) unit impulses there give, and the gate."""
         contact = declared(self.residual.contact, step.arm.tree, key="contact")
         assert contact is not None  # the file was checked
         touch = TracedTouch(step.arm, contact, stepped.turns, step.h, step.lead)
         answers, longer = touch.answers(stepped.matrix), self.residual.dt / step.h
         before, change = touch.rows @ v, touch.rows @ ((stepped.v - v) * longer)
-        return seen_of_contact(touch.depth, before, before + change, touch.rows @ answers), answers
+        free = before + change
+        gate = self._open(minimum(-touch.depth, step.lead * longer * free[2] - touch.depth))
+        return seen_of_contact(touch.depth, before, free, touch.rows @ answers), answers, gate
 
-    def _gate(self, step: TracedStep, before: Any, after: Any) -> Any:
-        gap = minimum(self._distance(step, before), self._distance(step, after))
+    def _open(self, gap: Any) -> Any:
         part = clip01((self.residual.far - gap) * (1.0 / (self.residual.far - self.residual.near)))
         return part * part * (3.0 - 2.0 * part)
 

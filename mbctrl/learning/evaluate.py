@@ -141,7 +141,7 @@ def gates_over(model: HybridDynamics, arm: Model, count: int, seed: int) -> tupl
     limits, rng = arm.robot.limits, np.random.default_rng(seed)
     low, high = (np.clip(np.asarray(bound)[:, None], -np.pi, np.pi) for bound in (limits.position_lower, limits.position_upper))
     q = rng.uniform(low, high, (arm.tree.n, count))
-    return tool_of(arm, q[None])[0], model.gate(torch.from_numpy(q)).numpy()
+    return tool_of(arm, q[None])[0], model.gate.open(model.gate.gap(torch.from_numpy(q))).numpy()
 
 
 def table(errors: Sequence[Errors], steps: Sequence[int] = HORIZONS) -> list[dict[str, Any]]:

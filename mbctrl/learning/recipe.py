@@ -63,7 +63,8 @@ class LearningRecipe(Spec):
     """What is learnt: what the ``analytic`` model misses near ``surfaces``, or all of it (``base: identity``).
 
     ``dt`` [s]: the model's time step, the planner's. ``contact``: what the analytic model knows of a contact already; null: it
-    lets everything through. ``near``, ``far`` [m]: the gate is 1 up to the one and 0 from the other on. ``episode`` [s]: longer
+    lets everything through. ``near``, ``far`` [m]: the gate is 1 up to the one and 0 from the other on, by the distance of the tool
+    to ``surfaces``, or of the tip of the contact that is acted on to its surface. ``episode`` [s]: longer
     logs are cut into pieces, which are held out one by one; null: a log is one episode.
     """
 
@@ -79,12 +80,19 @@ class LearningRecipe(Spec):
     network: NetworkSpec = NetworkSpec()
     training: TrainingSpec = TrainingSpec()
 
+    @property
+    def acts_on(self) -> str:
+        """``network.acts_on``."""
+        return self.network.acts_on
+
     @model_validator(mode="after")
     def _gate(self) -> LearningRecipe:
-        if self.base == "analytic" and not self.surfaces:
+        if self.base == "analytic" and self.acts_on == "joints" and not self.surfaces:
             raise ValueError("surfaces: expected at least one, where the analytic model is the base")
         if self.base == "identity" and self.surfaces:
             raise ValueError("surfaces: a model without physics has no gate, found some")
+        if self.acts_on == "contact" and self.surfaces:
+            raise ValueError("surfaces: networks that act on a contact are gated by its own, found some")
         if self.network.acts_on == "contact" and (self.base == "identity" or self.contact is None):
             raise ValueError("network.acts_on: contact needs an analytic base and its contact, found none")
         if not self.near < self.far:

@@ -13,8 +13,8 @@ from mbctrl.base.config import ContactSpec
 from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.encoding import Sight
-from mbctrl.dynamics.gate import Gate
-from mbctrl.dynamics.hybrid import HybridDynamics
+from mbctrl.dynamics.gate import Gate, TipGate
+from mbctrl.dynamics.hybrid import HybridDynamics, gate_of
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
@@ -46,10 +46,9 @@ def learned_model(model: Model, residual: Residual, dt: float | None = None) -> 
     return HybridDynamics(base, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
-def gate_of(model: Model, base: RigidBodyDynamics, recipe: LearningRecipe | Residual) -> Gate:
-    """Return the gate of a recipe, or of a model's file, with its surfaces."""
-    tool = model.tree.frames[model.robot.tool]
-    return Gate(base, tool, recipe.surfaces, recipe.near, recipe.far, capsule_obstacle)
+def gate_on(model: Model, base: RigidBodyDynamics, learnt: LearningRecipe | Residual) -> Gate | TipGate | None:
+    """Return the gate of a recipe, or of a model's file; None where there is no physics beneath."""
+    return gate_of(base, learnt, model.tree.frames[model.robot.tool], capsule_obstacle)
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,9 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
     """
     base, n = analytic_model(model, recipe.dt, recipe.integrator, recipe.contact), model.tree.n
     taught = recipe
-    if recipe.network.acts_on == "contact":  # above the surface, too, there is an impulse to learn: none
+    if recipe.acts_on == "contact":  # above the surface, too, there is an impulse to learn: none
         taught = recipe.model_copy(update={"near": recipe.far, "far": recipe.far + _ABOVE * (recipe.far - recipe.near)})
-    gate = gate_of(model, base, taught) if recipe.base == "analytic" else None
-    touched = declared(recipe.contact, model.tree, key="contact") if recipe.network.acts_on == "contact" else None
-    sight = Sight(base, gate, recipe.network.encode_angles, touched, recipe.dt)
+    sight = Sight(base, gate_on(model, base, taught), recipe.network.encode_angles, recipe.dt)
     x, u, after = (torch.from_numpy(values.T.copy()) for values in (transitions.x, transitions.u, transitions.x_next))
     parts: list[list[Tensor]] = []
     for x0, u0, x1 in zip(x.split(_WIDE, 1), u.split(_WIDE, 1), after.split(_WIDE, 1)):
@@ -113,8 +110,12 @@ def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -
     return every.take((gates > 0).numpy())
 
 
-def with_gaps(transitions: Transitions, model: Model, gate: Gate) -> Transitions:
-    """Return transitions whose unknown gaps are measured, and, where no contact is noted at all, contact where they are closed."""
+def with_gaps(transitions: Transitions, model: Model, learnt: LearningRecipe | Residual) -> Transitions:
+    """Return transitions whose unknown gaps are measured to what ``learnt`` is gated by, and, where no contact is noted at all,
+    contact where they are closed; as they are, where it is not gated."""
+    gate = gate_on(model, analytic_model(model, learnt.dt, learnt.integrator), learnt)
+    if gate is None:
+        return transitions
     q = torch.from_numpy(transitions.x[:, : model.tree.n].T.copy())
     measured = torch.cat([gate.gap(part) for part in q.split(_WIDE, 1)]).numpy()
     gap = np.where(np.isnan(transitions.gap), measured, transitions.gap)
