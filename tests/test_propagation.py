@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,11 @@ from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.propagation import KINDS, interval, matched, propagate
 from mbctrl.dynamics.residual import Residual, Spread
+from mbctrl.learning.evaluate import open_loop, windows_of
+from mbctrl.learning.expected import expected
+from mbctrl.learning.runs import source_of
 from mbctrl.learning.samples import learned_model
+from mbctrl.learning.transitions import made
 
 PULL, DRAG, GAIN, NOISE, OFF = -0.4, -0.1, 0.02, 0.03, 0.05
 """Of the velocity's change in a step, with position, velocity and command; its deviation; how far members are off it [m/s]."""
@@ -136,6 +141,37 @@ def test_intervals_are_those_the_next_draw_is_in() -> None:
         following = torch.randn(20000, generator=noise)
         assert abs(float(((low < following) & (following < high)).double().mean()) - 0.9) < 0.01
     assert interval(torch.tensor([[1.0], [torch.nan], [2.0]]), (0.95,)).isinf().all()
+
+
+def test_intervals_many_steps_ahead_hold_where_the_model_is_the_truth(arm: Model) -> None:
+    """And promise too much by as much as the truth is noisier; so it is with the tool."""
+    truth, noise, starts, steps = linear(arm, [0.0]), torch.Generator().manual_seed(3), 40, 51
+    states, u = [torch.randn(2, starts, generator=noise).double() * 0.1], torch.randn(steps, 1, starts, generator=noise).double()
+    for command in u:
+        states.append(truth.drawn(states[-1], command, None, noise))
+    x = torch.stack(states).permute(2, 0, 1).numpy()  # (episodes, T + 1, nx)
+    rows = x[:, :-1].reshape(-1, 2), u.permute(2, 0, 1).numpy().reshape(-1, 1), x[:, 1:].reshape(-1, 2)
+    known = {"episode": np.repeat(np.arange(starts), steps), "t": np.tile(DT * np.arange(steps), starts)}
+    windows = windows_of(made(source_of(arm.robot, arm.tree.revolute, DT), *rows, **known))
+    for width, share in ((0.5, 0.59), (1.0, 0.9)):
+        found = expected(linear(arm, [0.0], noise=width * NOISE), windows, arm)
+        assert [one.way for one in found] == list(KINDS)
+        for one in found:
+            covered = {step: one.covered(step, 0) for step in (1, 5, 25)}
+            print(one.way, width, covered)
+            assert all(abs(part - share) < 0.1 for *parts, _ in covered.values() for part in parts)
+            assert covered[1][2] > covered[25][2] > 150 and one.covered(1, 2)[2] == 0
+    truly = open_loop("truth", truth, windows, arm).summary(25, 0)[0][-1]
+    np.testing.assert_allclose(found[0].band(25, 0), truly, rtol=0.2)
+
+
+def test_where_networks_say_nothing_of_their_variance_nothing_is_expected(arm: Model) -> None:
+    model = linear(arm, [0.0])
+    (w, b), count = model.residual.layers[0], 5
+    plain = learned_model(arm, replace(model.residual, layers=((w[:, :1], b[:, :1]),), spread=None))
+    source = source_of(arm.robot, arm.tree.revolute, DT)
+    windows = windows_of(made(source, np.zeros((count, 2)), np.zeros((count, 1)), np.zeros((count, 2))), 5)
+    assert expected(plain, windows, arm) == []
 
 
 def test_an_unknown_kind_is_refused(arm: Model) -> None:
