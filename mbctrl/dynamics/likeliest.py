@@ -1,4 +1,7 @@
-"""Several learned models of one robot, of which one is trusted: the one under which the last seconds are likeliest."""
+"""Several learned models of one robot, of which one is trusted: the one under which the last seconds are likeliest.
+
+As in Page's test (1954, "Continuous inspection schemes"), sums of log-likelihoods are kept from falling behind without end.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ class Likeliest:
         for found in torch.stack([_log_likelihood(model, x, u, after) for model in self._models]).T.numpy():  # (models,)
             sound = np.isfinite(found)
             if sound.any() and found[sound].any():
-                self.likelihoods = self._keep * self.likelihoods + np.where(sound, found, -np.inf)  # once wrong, never trusted
+                told = self._keep * self.likelihoods + np.where(sound, found, -np.inf)  # once no number, never trusted
+                # None falls behind without end: else what was true for long would be believed for as long afterwards.
+                self.likelihoods = np.where(np.isfinite(told), np.maximum(told, told.max() - 2 * self._margin), told)
         leader = int(self.likelihoods.argmax())
         if self.likelihoods[leader] > self.likelihoods[self.best] + self._margin:
             self.best = leader

@@ -25,7 +25,8 @@ _SHARE = 0.5
 payload of 1 kg that nobody told of, and without it, at 0 / 0.1 / 0.5 / 1 / 3 (as force, medians): 5.2 / 4.8 / 4.2 / 4.0 / 3.9 N,
 and 0.22 / 0.21 / 0.15 / 0.14 / 0.21 N."""
 _EVERY = 5  # transitions taken at a time: one costs as much as many
-_ITS_OWN = ("layers", "input_mean", "input_scale", "output_scale", "spread", "seed", "versions")
+_ITS_OWN = ("layers", "input_mean", "input_scale", "output_scale", "spread", "contact", "seed", "versions")
+_PLACE = ("tip", "radius", "surface", "half")  # of a contact; its numbers were held against the run's already
 
 
 class Keeper:
@@ -97,6 +98,9 @@ def keeper_of(config: RunConfig, model: Model, file: str | Path | None = None) -
         for field in fields(Residual):
             if field.name not in _ITS_OWN and getattr(other.residual, field.name) != getattr(own.residual, field.name):
                 raise SpecError(f"{field.name} is not as in dynamics.residual", file=file, key=f"adapt.models: {name}")
+        places = [one.contact and [getattr(one.contact, key) for key in _PLACE] for one in (own.residual, other.residual)]
+        if places[0] != places[1]:
+            raise SpecError(f"contact is not as in dynamics.residual: {places[1]}", file=file, key=f"adapt.models: {name}")
         shapes = [[(w.shape, b.shape) for w, b in one.residual.layers] for one in (own, other)]
         if shapes[0] != shapes[1] or other.residual.spread is None:
             raise SpecError("has other networks than dynamics.residual", file=file, key=f"adapt.models: {name}")
