@@ -15,7 +15,7 @@ from test_hybrid import residual_of
 from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import SpecError
 from mbctrl.base.logs import read_log
-from mbctrl.base.plan import PlanRequest
+from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.spec import validate
 from mbctrl.cli.build import load_run_model
 from mbctrl.cli.session import Session
@@ -25,6 +25,7 @@ from mbctrl.dynamics.likeliest import Likeliest
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.dynamics.residual import Residual, Spread, Surface
 from mbctrl.export.planner import refuse
+from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import learned_model
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.keeper import Keeper
@@ -221,26 +222,40 @@ def test_planning_goes_on_with_other_weights_as_if_begun_with_them(panda: Model,
     np.testing.assert_array_equal(again.x, plans[1].x)
 
 
-def wiped(folder: Path, panda: Model, adapt: dict[str, Any] | None) -> tuple[float, Any]:
-    """Return the mean force error [N] on a pad ten times as soft as believed, and the log of plans."""
+def wiped(folder: Path, panda: Model, adapt: dict[str, Any] | None) -> tuple[float, Path, list[PlanRequest]]:
+    """Return the mean force error [N] on a pad ten times as soft as believed, where the logs are, and what was asked for."""
     goal = {"delay": 1.5, "period": 2.0}
     config, file = changed(folder / "blank.npz", adapt=adapt, duration=3.5, goal=goal, planner={"samples": 256})
-    session = Session(config, file, lockstep=True, model=panda)
+    controller, asked = MpcController(config, panda, file), []
+
+    def plan(request: PlanRequest) -> Plan:
+        asked.append(request)
+        return controller.plan(request)
+
+    session = Session(config, file, lockstep=True, model=panda, plan=plan)
     pair = session.driver.model.pair_solref[0]
     pair[:] = 0.1 * pair[0], 0.1**0.5 * pair[1]
     out = folder / f"run-{adapt is not None}"
     session.run(out)
     log = read_log(out / "log.csv")
-    return float((log["contact.force"][log["t"] > 2.5] - 15.0).mean()), read_log(out / "plans.csv")
+    return float((log["contact.force"][log["t"] > 2.5] - 15.0).mean()), out, asked
 
 
 def test_a_pad_softer_than_believed_is_pressed_as_asked(panda: Model, tmp_path: Path) -> None:
     blank(panda).save(tmp_path / "blank.npz")
-    blind, _ = wiped(tmp_path, panda, None)
-    found, plans = wiped(tmp_path, panda, {"kind": "model", "last_layer": True})
+    blind, *_ = wiped(tmp_path, panda, None)
+    found, out, asked = wiped(tmp_path, panda, {"kind": "model", "last_layer": True})
+    plans = read_log(out / "plans.csv")
     print("force off by", blind, found, "N; CPU of a plan [ms]", 1e3 * np.median(plans["cpu"]))
     assert abs(blind) > 2.0 and abs(found) < 0.6 * abs(blind)
     assert set(plans["model"]) == {0.0}
+    # Requests tell of the same transitions as the log.
+    every = from_run(out / "log.csv", source_of(panda.robot, panda.tree.revolute, 0.02))
+    told = {round(after.stamp - 0.02, 3): (before.x, after.command, after.x) for before, after in zip(asked, asked[1:])}
+    for t, x, u, after in zip(every.t, every.x, every.u, every.x_next):
+        for part, expected in zip(told[round(t, 3)], (x, u, after)):
+            np.testing.assert_allclose(part, expected, atol=1e-6)
+    assert len(every) > 150
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class HybridDynamics:
         return seen.gate * (variance.mean(0) + disagreement).sqrt() * (self.dt / self.residual.dt)
 
     def told(self, x: Tensor, u: Tensor, after: Tensor) -> Told:
-        """Return what transitions from ``x`` (nx, N) under ``u`` (nu, N) to ``after`` (nx, N) tell of the last layer."""
+        """Return what transitions from ``x`` (nx, N) under ``u`` (nu, N) to ``after`` (nx, N) tell networks with variances."""
         seen = self._sight(self.base, x, u)
         features = self._before_last(seen.inputs).flatten(0, 1)
         own = self._spread.scale.square().mean() * self._outputs(seen.inputs)[1].mean(0)
