@@ -16,6 +16,9 @@ from torch import Generator, Tensor
 from mbctrl.dynamics.hybrid import HybridDynamics
 
 KINDS = ("tsinf", "ts1", "moments", "expectation")
+"""In this order 90 % intervals hold, of the tool 25 steps ahead in runs not trained on: 74, 70, 68, 69 % and 69, 60, 60, 59 % (two
+models of a wipe, in contact), 99, 91, 93, 70 % and 95, 94, 95, 92 % (two cart-poles learnt in four trials; 50 steps ahead 21, 14,
+38, 10 % and 74, 4, 56, 1 %). Members are wrong in the same way for longer than a step."""
 
 
 def propagate(model: HybridDynamics, x0: Tensor, u: Tensor, kind: str, particles: int, noise: Generator) -> Iterator[Tensor]:
