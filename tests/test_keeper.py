@@ -174,6 +174,25 @@ def test_requests_are_taken_for_transitions_where_they_are_a_step_apart(arm: Mod
         assert any(one is not None for one in found) == learnt
 
 
+def test_what_was_seen_of_another_contact_says_nothing_of_the_new_one(arm: Model) -> None:
+    """Where the model changes, its last layer is refitted to what came after."""
+    first = guess(arm, members=1)
+    models = [learned_model(arm, one) for one in (first, off(first, 1.0))]
+    keeper, t, learnt = Keeper(models, True, 75, 10.0), 0.0, None
+    for truth, count in ((models[0], 75), (models[1], 20)):
+        for x, u, after in zip(*(values.T.numpy() for values in touching(arm, truth, count))):
+            keeper.take(PlanRequest(t, x))
+            learnt = keeper.take(PlanRequest(t + DT, after, command=u)) or learnt
+            t += 5 * DT
+    assert keeper.best == 1 and learnt is not None
+    x, u, _ = touching(arm, models[1], 300, seed=2)
+    wrong, apart = (
+        float((one.step(x, u) - models[1].step(x, u))[1].abs().mean()) for one in (learned_model(arm, learnt), models[0])
+    )
+    print("off by", wrong, "of", apart)
+    assert wrong < 0.03 * apart
+
+
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 SCENARIO = "panda_wipe_sim"

@@ -32,6 +32,10 @@ class LastLayer:
         self._model, self._share, self._window = model, share, window
         self._told: Told | None = None
 
+    def forget(self) -> None:
+        """Forget what was seen: it was of another contact."""
+        self._told = None
+
     @torch.no_grad()
     def see(self, x: Tensor, u: Tensor, after: Tensor) -> None:
         """Take transitions from ``x`` (nx, N) under ``u`` (nu, N) to ``after`` (nx, N), in order."""

@@ -68,6 +68,8 @@ class Keeper:
     def _learn(self, x: Tensor, u: Tensor, after: Tensor) -> Residual | None:
         changed = self._likeliest is not None and self._likeliest.see(x, u, after)
         for layer in self._layers:
+            if changed:  # what was seen before was of another contact
+                layer.forget()
             layer.see(x, u, after)
         refitted = self._layers[self.best].refit() if self._layers else None
         return refitted or (self._models[self.best].residual if changed else None)
