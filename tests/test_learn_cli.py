@@ -55,7 +55,11 @@ def test_logs_become_a_model_and_a_report(here: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert main(["evaluate", *words]) == 0
     said = capsys.readouterr().out
-    assert "90 % intervals hold" in said and "wrote judged/report.html" in said
+    assert (
+        "90 % intervals hold" in said
+        and "90 % intervals 25 steps ahead (tsinf) hold [%] of speeds and tool: free " in said
+        and "wrote judged/report.html" in said
+    )
     page = (here / "judged" / "report.html").read_text()
     for text in (
         "Evaluation of gated.npz",
@@ -63,6 +67,8 @@ def test_logs_become_a_model_and_a_report(here: Path, capsys: pytest.CaptureFixt
         "analytic",
         "in contact",
         "tuesday.parquet",
+        "Many steps ahead",
+        "as gated.npz expects (tsinf)",
         "Gate",
         "floor",
         "mbctrl evaluate",

@@ -179,14 +179,31 @@ class BackendSpec(Spec):
 
 
 class AdaptSpec(Spec):
-    """What the tool carries is estimated while the arm moves, and the planner's model carries it, too.
+    """What the planner's model finds out while the arm moves.
 
-    Whatever else pushes the arm is weighed as if it were a payload, up to ``heaviest``.
+    ``payload``: what the tool carries is estimated, and the model carries it, too; whatever else pushes the arm is weighed as if
+    it were a payload, up to ``heaviest``. ``model``: the learned model (``dynamics.residual``) is kept up with the last ``memory``
+    seconds near its surfaces. Of it and ``models``, files learnt by the same recipe elsewhere, the one that is likeliest by more
+    than ``margin`` is planned with; with ``last_layer`` its last layer is refitted.
     """
 
-    memory: Positive = 1.5  # [s] in which the estimate forgets
-    errors: Positive = 3.0  # standard errors it has moved by before the model changes
+    kind: Literal["payload", "model"] = "payload"
+    memory: Positive = 1.5  # [s] in which what was seen is forgotten
+    errors: Positive = 3.0  # standard errors the payload has moved by before the model changes
     heaviest: Positive = 10.0  # [kg]
+    last_layer: bool = False
+    models: tuple[str, ...] = ()  # .npz, from the folder of the file that names them
+    margin: Positive = 10.0  # [nats]
+
+    @model_validator(mode="after")
+    def _settings(self) -> AdaptSpec:
+        of = {"errors": "payload", "heaviest": "payload", "last_layer": "model", "models": "model", "margin": "model"}
+        for key, kind in of.items():
+            if kind != self.kind and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: is of kind {kind}, found kind {self.kind}")
+        if self.kind == "model" and not (self.last_layer or self.models):
+            raise ValueError("last_layer: kind model needs last_layer, models or both, found none")
+        return self
 
 
 class RecordSpec(Spec):
@@ -208,6 +225,11 @@ class RunConfig(Controller):
     duration: Positive  # [s]
     stop_when_done: bool = False  # end once every target was reached
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what the tool carries is estimated."""
+        return self.adapt is not None and self.adapt.kind == "payload"
 
 
 def load_controller(name: str, *, file: str | Path | None = None, key: str | None = None) -> Controller:

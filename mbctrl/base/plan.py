@@ -172,6 +172,8 @@ class PlanRequest:
         fan: how many sampled tool paths to send back, for display.
         payload: (10,) what the arm carries in the frame of its tool's link: mass [kg], mass times centre of mass [kg·m] and
             inertia xx, xy, yy, xz, yz, zz about the frame's origin [kg·m²]; None: nothing.
+        command: (nu,) what led to ``x`` since the request before, as planners mean it: torques' mean, the last of references;
+            None: not known.
     """
 
     stamp: float
@@ -184,3 +186,4 @@ class PlanRequest:
     obstacles: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     fan: int = 0
     payload: np.ndarray | None = None
+    command: np.ndarray | None = None

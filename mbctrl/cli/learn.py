@@ -19,6 +19,7 @@ from mbctrl.base.extras import need
 if TYPE_CHECKING:
     from mbctrl.dynamics.load import Model
     from mbctrl.learning.evaluate import Errors
+    from mbctrl.learning.expected import Expected
     from mbctrl.learning.fit import Epoch
     from mbctrl.learning.transitions import Transitions
 
@@ -79,7 +80,8 @@ def evaluate(
     from mbctrl.base.config import RobotSpec
     from mbctrl.cli.build import load_arm
     from mbctrl.dynamics.residual import load_residual, peek
-    from mbctrl.learning.evaluate import coverage, gates_over, tool_of
+    from mbctrl.learning.evaluate import coverage, gates_over, tool_of, windows_of
+    from mbctrl.learning.expected import expected
     from mbctrl.learning.report import Evaluation, write_report
     from mbctrl.learning.samples import learned_model
 
@@ -99,6 +101,7 @@ def evaluate(
         arm=arm,
         errors=tuple(errors),
         coverage=tuple(coverage(hybrid, every)),
+        expected=tuple(expected(hybrid, windows_of(every), arm)),
         transitions=every,
         tool=tool_of(arm, every.x[None, :: max(1, len(every) // 2000), : arm.tree.n].transpose(0, 2, 1))[0],
         gates=gates_over(hybrid, arm, 4000, seed=0) if own.base == "analytic" else None,
@@ -110,8 +113,20 @@ def evaluate(
     for group in seen.coverage:
         shares = ", ".join(f"{100 * share:.0f}" for share in group.inside)
         console.print(f"90 % intervals hold [%], {group.group}: {shares}", highlight=False, markup=False, soft_wrap=True)
+    _ahead(seen.expected)
     console.print(f"wrote {out / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _ahead(every: Sequence[Expected], steps: int = 25) -> None:
+    """Print what intervals of the first way hold some steps ahead."""
+    from mbctrl.learning.evaluate import KINDS
+
+    for one in every[:1]:
+        found = [(kind, *one.covered(steps, k)) for k, kind in enumerate(KINDS)]
+        told = ", ".join(f"{kind} {100 * speeds:.0f} and {100 * tool:.0f}" for kind, speeds, tool, count in found if count)
+        what = f"90 % intervals {steps} steps ahead ({one.way}) hold [%] of speeds and tool"
+        console.print(f"{what}: {told or 'no stretch is that long'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _needs(logs: Sequence[str], purpose: str) -> None:

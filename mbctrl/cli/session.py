@@ -91,7 +91,8 @@ class Session:
             build_controller(config, file, self.model)  # a bad setting is refused here, before a process starts
             self.port = ProcessPort(config, file)
         tree, link = self.model.tree, self.model.tree.frames[self.robot.tool].link
-        self.adapter = None if config.adapt is None else Adapter(tree, link, config.adapt)
+        self.adapter = Adapter(tree, link, config.adapt) if config.weighs else None
+        self._commands: list[np.ndarray] = []  # since the last request
         self._touches = isinstance(self.driver, SimDriver) and self.model.mj.npair > 0
         self._override: tuple[np.ndarray, np.ndarray | None] | None = None
         self._latency = self._next_watch = 0.0
@@ -153,8 +154,15 @@ class Session:
         obstacles = tuple(obstacle.at(t) for obstacle in self.config.obstacles)
         x = np.concatenate([state.q, state.v])
         payload = None if self.adapter is None else self.adapter.payload
-        more = {"target": self._override, "obstacles": obstacles, "fan": self._fan, "payload": payload}
+        more = {"target": self._override, "obstacles": obstacles, "fan": self._fan, "payload": payload, "command": self._led()}
         return PlanRequest(t, x, goal=self.progress.index, goal_time=t, **more)
+
+    def _led(self) -> np.ndarray | None:
+        """Return the command since the last request, None where the safety gate changed it."""
+        commands, self._commands = self._commands, []
+        if not commands or not np.isfinite(commands).all():
+            return None
+        return np.mean(commands, 0) if self.robot.control.mode == "torque" else commands[-1]
 
     def _observe(self, tick: Tick) -> bool:
         state = tick.state
@@ -169,11 +177,13 @@ class Session:
             info = tick.arrived.info
             late = float(tick.latency > 1 / self.config.loop.rate + self.loop.period + 1e-9)
             numbers = (info["cpu"], info["best"], info["ess"], info["nonfinite"])
-            self._plans.add((tick.arrived.stamp, tick.arrived.t0, tick.latency, *numbers, late))
+            more = [info["model"]] if "model" in info else []
+            self._plans.add((tick.arrived.stamp, tick.arrived.t0, tick.latency, *numbers, late, *more))
         if self.adapter is not None:
             effort = np.zeros(self.robot.nq)
             effort[self.robot.command_index] = state.tau
             self.adapter.update(tick.t, state.q, state.v, effort)
+        self._commands.append(np.full_like(tick.command, np.nan) if tick.clamped else tick.command)
         self._log.add(self._row(tick, tool, target))
         if self.loop.counts.ticks % _FLUSH == 0:
             self.flush()
@@ -216,7 +226,9 @@ class Session:
             if model.parameters is not None and (name == "parameters" or model is not self.model):
                 write_parameters(folder / f"{name}.yaml", model.parameters)
         self._log = LogWriter(folder / "log.csv", _columns(self.model, self.config, self._touches), header)
-        self._plans = LogWriter(folder / "plans.csv", _PLAN_COLUMNS, header)
+        adapts = self.config.adapt is not None and self.config.adapt.kind == "model"
+        columns = [*_PLAN_COLUMNS, ("model", "1")] if adapts else _PLAN_COLUMNS
+        self._plans = LogWriter(folder / "plans.csv", columns, header)
 
 
 _PLAN_COLUMNS = [
@@ -255,7 +267,7 @@ def _columns(model: Model, config: RunConfig, touches: bool) -> list[tuple[str, 
         ("reward", "1"),
         *([("contact.force", "N")] if touches else []),
         *([("payload.carried", "kg")] if config.backend.payload is not None else []),
-        *(_ADAPT_COLUMNS if config.adapt is not None else []),
+        *(_ADAPT_COLUMNS if config.weighs else []),
         ("gate.clamped", "1"),
         ("holding", "1"),
     ]

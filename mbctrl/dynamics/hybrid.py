@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.encoding import Seen, Sight
@@ -34,6 +34,19 @@ def gate_of(base: RigidBodyDynamics, learnt: Any, tool: Frame, distance: Any) ->
     contact = declared(learnt.contact, base.tree, key="contact")
     assert contact is not None  # the file was checked
     return TipGate(base, contact, opening)
+
+
+class Told(NamedTuple):
+    """What transitions tell of an ensemble's last layer.
+
+    ``gate`` (N,); ``features`` (values, N) that the summed last layer takes in; ``off`` (outputs, N), by how much its sum was off
+    (joint speeds or impulses), and the ``variance`` (outputs, N) of that.
+    """
+
+    gate: Tensor
+    features: Tensor
+    off: Tensor
+    variance: Tensor
 
 
 class HybridDynamics:
@@ -110,13 +123,18 @@ class HybridDynamics:
         return self._each(self._sight(self.base, x, u))
 
     def _each(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        mean, variance = self._outputs(seen.inputs)
+        mean = seen.lifted(mean)
+        return mean, torch.zeros_like(mean) if self._spread is None else self._spread.scale**2 * seen.spread_out(variance)
+
+    def _outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return means and variances (E, outputs, N) of what each member gives, joint speeds or impulses; variances as trained."""
         (w, b), outputs = self._heads, len(self._scale)
-        y = torch.matmul(w, self._before_last(seen.inputs)) + b
-        mean = seen.lifted(self._scale * y[:, :outputs])
+        y = torch.matmul(w, self._before_last(inputs)) + b
+        mean = self._scale * y[:, :outputs]
         if self._spread is None:
             return mean, torch.zeros_like(mean)
-        log = self._spread.bounded(y[:, outputs:], torch.nn.functional.softplus)
-        return mean, self._spread.scale**2 * seen.spread_out(self._scale**2 * log.exp())
+        return mean, self._scale**2 * self._spread.bounded(y[:, outputs:], torch.nn.functional.softplus).exp()
 
     def deviation(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the standard deviation (nv, N) [rad/s] of the velocity after a step: the members' own and their disagreement."""
@@ -129,20 +147,67 @@ class HybridDynamics:
                 disagreement = disagreement + torch.where(seen.touching, self._spread.rest[1], self._spread.rest[0]) ** 2
         return seen.gate * (variance.mean(0) + disagreement).sqrt() * (self.dt / self.residual.dt)
 
+    def told(self, x: Tensor, u: Tensor, after: Tensor) -> Told:
+        """Return what transitions from ``x`` (nx, N) under ``u`` (nu, N) to ``after`` (nx, N) tell networks with variances."""
+        seen = self._sight(self.base, x, u)
+        features = self._before_last(seen.inputs).flatten(0, 1)
+        own = self._spread.scale.square().mean() * self._outputs(seen.inputs)[1].mean(0)
+        before = x if seen.after is None else seen.after
+        missed = (after - before)[self.nq :] / (seen.gate.clamp(min=1e-6) * (self.dt / self.residual.dt))
+        off = missed - seen.lifted(self._summed(seen.inputs))
+        if seen.answers is None:
+            return Told(seen.gate, features, off, own)
+        # The impulse that explains it best, each joint's part of it as well as its noise lets it.
+        noise = self._spread.rest[0].clamp(min=1e-2 * float(self._spread.rest[0].max()))
+        answers, wanted = (seen.answers / noise[:, None]).permute(2, 0, 1), (off / noise).T[..., None]
+        normal = answers.mT @ answers
+        inverse = torch.linalg.inv(normal + 1e-9 * normal.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(3).to(normal))
+        return Told(seen.gate, features, (inverse @ (answers.mT @ wanted))[..., 0].T, own + inverse.diagonal(dim1=1, dim2=2).T)
+
     def step_gate(self, x: Tensor, u: Tensor) -> Tensor:
         """Return g (N,) of a step: the larger one of before and, by the base, after it."""
         return self._sight(self.base, x, u).gate
 
     def step(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the state (nx, N) one step after ``x`` under ``u`` (nu, N)."""
-        n, part = self.nq, self.dt / self.residual.dt
         seen = self._sight(self.base, x, u)
         found = self._summed(seen.inputs)
-        if seen.after is None:
-            v = x[n:] + found * part
-            return torch.cat((x[:n] + 0.5 * self.dt * (x[n:] + v), v))
+        return self._after(x, seen, found if seen.after is None else seen.lifted(self._gated(seen, found)))
+
+    def drawn(self, x: Tensor, u: Tensor, member: Tensor | None, noise: Generator) -> Tensor:
+        """Return a state (nx, N) one step after ``x`` under ``u``, drawn as a member of the ensemble says: its mean, its variance.
+
+        Args:
+            member: (N,) which member's; None: means and variances of all are averaged.
+            noise: of what is drawn.
+        """
+        seen = self._sight(self.base, x, u)
+        mean, variance = self._outputs(seen.inputs)  # (E, outputs, N)
+        if member is None:
+            mean, variance = mean.mean(0), variance.mean(0)
+        else:
+            mean, variance = (values[member, :, torch.arange(len(member))].T for values in (mean, variance))
+        found = seen.lifted(self._gated(seen, mean))
+        if self._spread is not None:
+            shape = {"generator": noise, "dtype": self.dtype, "device": self.device}
+            deviation = variance.sqrt() * torch.randn(variance.shape, **shape)  # impulses, whose joint speeds are not independent
+            away = self._spread.scale * seen.lifted(deviation)
+            if seen.touching is not None:
+                rest = torch.where(seen.touching, self._spread.rest[1], self._spread.rest[0])
+                away = away + rest * torch.randn(rest.shape, **shape)
+            found = found + self._gated(seen, away)
+        return self._after(x, seen, found)
+
+    def _gated(self, seen: Seen, values: Tensor) -> Tensor:
         # Nothing times what is not a number is not nothing: far away the physics is all there is.
-        more = seen.lifted(torch.where(seen.gate > 0, seen.gate * found, torch.zeros((), dtype=self.dtype))) * part
+        return torch.where(seen.gate > 0, seen.gate * values, torch.zeros((), dtype=self.dtype))
+
+    def _after(self, x: Tensor, seen: Seen, missed: Tensor) -> Tensor:
+        """Return the state after a step, ``missed`` (nv, N) added to the base's velocity."""
+        n, more = self.nq, missed * (self.dt / self.residual.dt)
+        if seen.after is None:
+            v = x[n:] + more
+            return torch.cat((x[:n] + 0.5 * self.dt * (x[n:] + v), v))
         return torch.cat((seen.after[:n] + self.base.lead * more, seen.after[n:] + more))
 
     def rollout(self, x0: Tensor, u: Tensor) -> Tensor:

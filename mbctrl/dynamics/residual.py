@@ -149,6 +149,20 @@ class Residual:
         """Return the ensemble that is its network ``e`` alone."""
         return replace(self, layers=tuple((w[e : e + 1], b[e : e + 1]) for w, b in self.layers))
 
+    def nudged(self, weights: np.ndarray, offsets: np.ndarray) -> Residual:
+        """Return the ensemble with ``weights`` (means, E · values) and ``offsets`` (means,) added to its summed last layer.
+
+        Args:
+            weights, offsets: in units of joint speeds or impulses.
+        """
+        (w, b), n, scale = self.layers[-1], len(self.output_scale), self.output_scale
+        w, b = w.astype(float), b.astype(float)
+        alone = len(self.layers) == 1  # what goes in is the same for all
+        parts = np.repeat(weights[:, None] / self.members, self.members, 1) if alone else weights.reshape(n, self.members, -1)
+        w[:, :n] += np.moveaxis(parts / scale[:, None, None] * self.members, 1, 0)
+        b[:, :n] += offsets / scale
+        return replace(self, layers=(*self.layers[:-1], (w, b)))
+
     def hidden(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the layers with the normalisers inside the first; outputs in units of S."""
         layers = [(w.astype(float), b.astype(float)) for w, b in self.layers]

@@ -18,6 +18,17 @@ from mbctrl.tasks.algebra import clip01
 from mbctrl.tasks.distance import capsule_obstacle
 
 
+def weights_of(residual: Residual) -> np.ndarray:
+    """Return all numbers of an ensemble in a row, as a program of ``TracedResidual`` takes them."""
+    layers = residual.folded()
+    return np.concatenate([np.ravel(part[e]) for e in range(residual.members) for layer in layers for part in layer])
+
+
+def member_weights(residual: Residual) -> np.ndarray:
+    """Return (E, weights) of each member by itself."""
+    return np.stack([weights_of(residual.member(e)) for e in range(residual.members)])
+
+
 class TracedResidual:
     """Adds an ensemble to steps; the same mathematics as ``mbctrl.dynamics.hybrid``.
 
@@ -37,12 +48,11 @@ class TracedResidual:
         layers = residual.folded()
         sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
         self.networks = (Network(tuple(map(int, sizes)), residual.activation),) * residual.members
-        flat = [network.flat([(w[e], b[e]) for w, b in layers]) for e, network in enumerate(self.networks)]
-        self.weights = np.concatenate(flat)
+        self.weights = weights_of(residual)
 
-    def members(self) -> list[TracedResidual]:
-        """Return each member by itself: one network, and its weights."""
-        return [TracedResidual(self.residual.member(e), self._capsules, self._tool) for e in range(self.residual.members)]
+    def member(self, e: int) -> TracedResidual:
+        """Return a member by itself: one network, and its weights."""
+        return TracedResidual(self.residual.member(e), self._capsules, self._tool)
 
     def __call__(
         self, graph: Graph, step: TracedStep, q: Array, v: Array, u: Array, before: Any, after: Any, stepped: Stepped | None

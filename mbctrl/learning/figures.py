@@ -11,13 +11,15 @@ from matplotlib.ticker import StrMethodFormatter
 
 from mbctrl.calibrate.drawing import GREY, SERIES, SHADE, legend, styled, svg
 from mbctrl.learning.evaluate import KINDS, Errors
+from mbctrl.learning.expected import Expected
 
 _FEWEST = 10  # windows a quantile is drawn from
 _SMALLEST = 1e-4  # [mm]: what is below is drawn there
 
 
-def draw_compounding(errors: Sequence[Errors], dt: float) -> str:
-    """Draw the tool's error over time ahead, a panel a kind: medians, and up to the 95 % quantile shaded."""
+def draw_compounding(errors: Sequence[Errors], dt: float, expected: Expected | None) -> str:
+    """Draw the tool's error over time ahead, a panel a kind: medians, and up to the 95 % quantile shaded; dashed, the same of what
+    the first model expects of itself."""
     with styled():
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         panels = figure.subplots(1, len(KINDS), sharey=True)
@@ -30,6 +32,10 @@ def draw_compounding(errors: Sequence[Errors], dt: float) -> str:
                 time = dt * np.array(steps)
                 axes.plot(time, np.maximum(middle, _SMALLEST), color=colour, label=one.name)
                 axes.fill_between(time, np.maximum(middle, _SMALLEST), np.maximum(high, _SMALLEST), color=colour, alpha=0.15, lw=0)
+                if expected is not None and one is errors[0]:
+                    lines = np.array([expected.band(step, k) for step in steps]).T * 1e3
+                    for line, label in zip(lines, (f"as {one.name} expects ({expected.way})", None)):
+                        axes.plot(time, np.maximum(line, _SMALLEST), color=colour, lw=1, ls="--", label=label)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.set_title(kind)

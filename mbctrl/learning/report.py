@@ -16,6 +16,7 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.learning import figures
 from mbctrl.learning.evaluate import HORIZONS, KINDS, Coverage, Errors
+from mbctrl.learning.expected import Expected
 from mbctrl.learning.transitions import Transitions
 
 _STYLE = Path(mbctrl.calibrate.__path__[0])  # pages look alike
@@ -29,7 +30,8 @@ class Evaluation:
         name: of the model's file; ``residual`` is what is in it.
         arm: whose it is.
         errors: one a model; the first is the file's.
-        coverage: of the file's intervals.
+        coverage: of the file's intervals, one step ahead.
+        expected: of its own errors many steps ahead, in each way of propagation.
         transitions: what it was judged on.
         tool: (3, T) [m] where the tool was.
         gates: tool positions (3, N) [m] of random configurations and the gate (N,) there; None for a model without one.
@@ -42,6 +44,7 @@ class Evaluation:
     arm: Model
     errors: tuple[Errors, ...]
     coverage: tuple[Coverage, ...]
+    expected: tuple[Expected, ...]
     transitions: Transitions
     tool: np.ndarray
     gates: tuple[np.ndarray, np.ndarray] | None
@@ -153,7 +156,20 @@ def _tables(seen: Evaluation) -> dict[str, Any]:
                 rows.append({"steps": step, "time": number(step * seen.residual.dt), "count": found[0][1], "cells": _cells(found)})
         blocks.append({"kind": kind, "rows": rows, "joints": _joints(seen, k)})
     coverage = [(group.group, group.count, [f"{100 * share:.1f}" for share in group.inside]) for group in seen.coverage]
-    return {"models": names, "blocks": blocks, "coverage": coverage, "joints": seen.arm.robot.joints}
+    ahead = {"ways": [one.way for one in seen.expected], "ahead": _ahead(seen)}
+    return {"models": names, "blocks": blocks, "coverage": coverage, "joints": seen.arm.robot.joints, **ahead}
+
+
+def _ahead(seen: Evaluation) -> list[dict[str, Any]]:
+    """Return what intervals hold [%], a row a kind of stretch and number of steps: of speeds and of the tool, each way."""
+    rows = []
+    for k, kind in enumerate(KINDS):
+        for step in HORIZONS:
+            found = [one.covered(step, k) for one in seen.expected]
+            if found and found[0][2]:
+                cells = [(f"{100 * speeds:.0f}", f"{100 * tool:.0f}") for speeds, tool, _ in found]
+                rows.append({"kind": kind, "steps": step, "count": found[0][2], "cells": cells})
+    return rows
 
 
 def _cells(found: Sequence[tuple[np.ndarray, int]]) -> list[dict[str, Any]]:
@@ -179,7 +195,7 @@ def _joints(seen: Evaluation, kind: int) -> list[dict[str, Any]]:
 def _figures(seen: Evaluation) -> dict[str, Any]:
     groups = [(group.group, group.inside) for group in seen.coverage]
     return {
-        "compounding": figures.draw_compounding(seen.errors, seen.residual.dt),
+        "compounding": figures.draw_compounding(seen.errors, seen.residual.dt, next(iter(seen.expected), None)),
         "gate": "" if seen.gates is None else figures.draw_gate(*seen.gates, seen.tool),
         "covered": figures.draw_coverage(groups, seen.arm.robot.joints),
     }

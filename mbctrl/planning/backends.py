@@ -19,7 +19,7 @@ from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.contact import declared
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
-from mbctrl.dynamics.residual import load_residual
+from mbctrl.dynamics.residual import Residual, load_residual
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.kernels.trace import Goal
@@ -59,13 +59,15 @@ class Backend:
     """What a planner is built of.
 
     ``name`` of what plans; its ``search``; ``array``, which brings numpy's numbers into the search's kind; and the arm's own
-    dynamics for everything besides (``with_dt``, ``rollout``).
+    dynamics for everything besides (``with_dt``, ``rollout``). ``weigh`` goes on with other weights of the learned model, None
+    where they are no inputs.
     """
 
     name: str
     search: Search
     array: Callable[[Any], Array]
     dynamics: Any
+    weigh: Callable[[Residual], None] | None = None
 
     def rollout(self, x: np.ndarray, commands: np.ndarray, dt: float, payload: np.ndarray | None = None) -> np.ndarray:
         """Return states (H+1, nx, N) from ``x`` (nx,) under ``commands`` (H, nu, N), ``dt`` seconds apart, ``payload`` carried."""
@@ -109,6 +111,7 @@ def build_backend(config: RunConfig, model: Model, analytic: RigidBodyDynamics, 
 
 def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Backend:
     from mbctrl.kernels.native import shared_pool  # llvmlite is only needed here
+    from mbctrl.kernels.residual import member_weights, weights_of
     from mbctrl.planning.compiled import kernel_dynamics, kernel_search, traced_residual
     from mbctrl.planning.engines import CpuEngine
 
@@ -133,8 +136,13 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
     )
     for given in _goals(config):
         search.kernel(given)  # compiled now, not in the middle of the run
-    # One rollout alone is the processor's work.
-    return Backend("kernel", search, engine.array, kernel_dynamics(analytic, here, traced))
+    arm = kernel_dynamics(analytic, here, traced)  # one rollout alone is the processor's work
+
+    def weigh(residual: Residual) -> None:
+        arm.weigh(weights_of(residual))
+        search.weigh(member_weights(residual) if parts.risk is not None else weights_of(residual))
+
+    return Backend("kernel", search, engine.array, arm, None if traced is None else weigh)
 
 
 def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
@@ -158,7 +166,9 @@ def _goals(config: RunConfig) -> set[Goal]:
     return {Goal(joints=True) if isinstance(goal, JointGoal) else Goal(position=True)}
 
 
-def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None) -> RigidBodyDynamics:
+def analytic_of(
+    config: RunConfig, model: Model, file: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> RigidBodyDynamics:
     """Return the run's analytic model in torch.
 
     Errors:
@@ -170,8 +180,8 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
         reason = str(error).split("\n", 1)[0]
         raise SpecError(f"torch cannot use {dynamics.device!r}: {reason}", file=file, key="dynamics.device") from None
-    more: dict[str, Any] = {"integrator": dynamics.integrator, "device": dynamics.device}
-    if config.adapt is not None:
+    more: dict[str, Any] = {"integrator": dynamics.integrator, "device": dynamics.device, "dtype": dtype}
+    if config.weighs:
         more["carrier"] = model.tree.frames[model.robot.tool].link
     return RigidBodyDynamics(
         model.tree, dynamics.dt, **drive_settings(model.robot), contact=declared(dynamics.contact, model.tree, file), **more
@@ -184,15 +194,24 @@ def hybrid_of(
     """Return the run's model with its learned residual on top, None where the run names none.
 
     Errors:
-        SpecError: for a file that is none, of another arm, or learnt on top of other physics.
+        SpecError: as ``learned_of``.
     """
     name = config.dynamics.residual
-    if name is None:
-        return None
+    return None if name is None else learned_of(name, config, model, analytic, file, "dynamics.residual")
+
+
+def learned_of(
+    name: str, config: RunConfig, model: Model, analytic: RigidBodyDynamics, file: str | Path | None, key: str
+) -> HybridDynamics:
+    """Return the learned model of a file ``name`` on top of the run's physics.
+
+    Errors:
+        SpecError: for a file that is none, of another arm, or learnt on top of other physics; ``key`` names it.
+    """
     beside = Path(file).parent / name if file is not None else Path(name)
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
-        raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
+        raise SpecError("no such file", file=file, key=f"{key}: {name}")
     residual = load_residual(path, model.robot, model.tree, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 

@@ -12,7 +12,7 @@ from mbctrl.dynamics.gate import gate_capsules
 from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.rigid_body import FRICTION_SPEED, RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
-from mbctrl.kernels.residual import TracedResidual
+from mbctrl.kernels.residual import TracedResidual, member_weights
 from mbctrl.kernels.step import Drive
 from mbctrl.kernels.trace import Goal, Traced, trace_dynamics, trace_objective
 from mbctrl.planning.engines import CpuEngine, Engine
@@ -92,8 +92,7 @@ def kernel_search(
     """
     rolled, weights = residual, None if residual is None else residual.weights
     if residual is not None and risk is not None:
-        members = residual.members()
-        rolled, weights = members[0], np.stack([member.weights for member in members])
+        rolled, weights = residual.member(0), member_weights(residual.residual)
     colour = None if noise.colour is None else tuple(tuple(row) for row in noise.colour.tolist())
 
     def traced(goal: Goal) -> Traced:

@@ -20,6 +20,7 @@ from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
 from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, risk_of
+from mbctrl.planning.keeper import keeper_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
@@ -61,6 +62,10 @@ class MpcController(Mpc):
         risk = risk_of(config, self.hybrid, file)
         parts = Parts(self.features, self.task, knots, noise, low, high, self.hybrid, risk)
         self.backend = build_backend(config, model, self.analytic, parts, file)
+        self._keeper = keeper_of(config, model, file)
+        if self._keeper is not None and self.backend.weigh is None:
+            found = self.backend.name
+            raise SpecError(f"kind model needs compiled rollouts, found dynamics.backend {found}", file=file, key="adapt")
         planner = Planner(
             self.backend.search,
             rule,
@@ -75,7 +80,13 @@ class MpcController(Mpc):
     def plan(self, request: PlanRequest) -> Plan:
         """Return the next plan."""
         with torch.inference_mode():
-            return super().plan(request)
+            if self._keeper is None:
+                return super().plan(request)
+            learnt = self._keeper.take(request)
+            if learnt is not None:
+                self.backend.weigh(learnt)
+            plan = super().plan(request)
+            return replace(plan, info={**plan.info, "model": self._keeper.best})
 
     def _tool_paths(self, states: np.ndarray) -> np.ndarray:
         nq, (horizon, _, samples) = self.robot.nq, states.shape
@@ -124,7 +135,7 @@ def check_adapt(config: RunConfig, robot: Robot, hybrid: HybridDynamics | None, 
     Errors:
         SpecError: saying why.
     """
-    if config.adapt is None:
+    if not config.weighs:
         return
     if config.dynamics.backend == "mujoco":
         raise SpecError("MuJoCo as the model carries no payload; expected kernel, torch or auto", file=file, key="dynamics.backend")

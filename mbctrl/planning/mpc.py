@@ -27,7 +27,7 @@ class Mpc:
         planner: draws, costs, refits.
         array: brings numpy's numbers into the planner's kind.
         rollout: states (H+1, nx, N) from ``x`` (nx,) under commands (H, nu, N), ``dt`` seconds apart, in numpy's arrays; in a
-            run that adapts it takes the payload (10,), too.
+            run that weighs it takes the payload (10,), too.
         paths: the tool's positions (3, T, N) [m] at states (T, nx, N); None: plans carry no fan.
         step: the longest step of the prediction from a measurement to a plan's start [s].
     """
@@ -107,7 +107,7 @@ class Mpc:
 
     def _carried(self, request: PlanRequest) -> tuple[np.ndarray, ...]:
         """Return what the model carries, nothing where it cannot."""
-        if self.config.adapt is None:
+        if not self.config.weighs:
             return ()
         return (np.zeros(10) if request.payload is None else request.payload,)
 

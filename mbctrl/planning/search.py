@@ -45,6 +45,10 @@ class KernelDynamics:
         other.__dict__ = {**self.__dict__, "dt": dt}
         return other
 
+    def weigh(self, weights: np.ndarray) -> None:
+        """Go on with other weights of the program's networks."""
+        self._weights = {"weights": self._engine.array(weights)}
+
     def carrying(self, body: np.ndarray) -> KernelDynamics:
         """Return the same arm with a payload of ten parameters; see ``RigidBodyDynamics.carrying``."""
         other = object.__new__(KernelDynamics)
@@ -127,16 +131,22 @@ class KernelSearch(Search):
         weights: np.ndarray | None = None,
         risk: Risk | None = None,
     ) -> None:
-        members = [] if weights is None else weights if risk is not None else [weights]
-        self._members = [{"weights": engine.array(row)} for row in members] or [{}]
         self._risk = risk
         self._traced, self._knots, self._noise = traced, knots, noise
         self._samples, self._engine = samples, engine
+        self._members: list[dict[str, Array]] = [{}]
+        if weights is not None:
+            self.weigh(weights)
         self._kernels: dict[Goal, _Kernel] = {}
         self._basis, self._lower, self._upper = (engine.array(values) for values in (knots.basis, lower, upper))
         self._low, self._high = self._lower[None, :, None], self._upper[None, :, None]
         self._factors = engine.array(factors)
         self._last: tuple[tuple[Any, ...], Array] = ((), self._factors)
+
+    def weigh(self, weights: np.ndarray) -> None:
+        """Plan with other weights of the programs' networks from now on; as at first."""
+        rows = [weights] if self._risk is None else weights
+        self._members = [{"weights": self._engine.array(row)} for row in rows]
 
     def programs(self) -> list[Program]:
         """Return the programs compiled so far."""
