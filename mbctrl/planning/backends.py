@@ -184,11 +184,17 @@ def hybrid_of(
     """Return the run's model with its learned residual on top, None where the run names none.
 
     Errors:
-        SpecError: for a file that is none, of another arm, or learnt on top of other physics.
+        SpecError: for a file that is none, of another arm, or learnt on top of other physics, and for MuJoCo as the model.
     """
     name = config.dynamics.residual
     if name is None:
         return None
+    if config.dynamics.backend == "mujoco":
+        raise SpecError(
+            "MuJoCo as the model has no place for what was learned; expected auto, kernel or torch",
+            file=file,
+            key="dynamics.backend",
+        )
     beside = Path(file).parent / name if file is not None else Path(name)
     path = beside if beside.is_file() else Path(name)
     if not path.is_file():
