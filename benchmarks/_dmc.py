@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mbctrl.base.config import RunConfig, load_run
-from mbctrl.cli.loops import Loop, Trial
+from mbctrl.cli.loops import Loop
 from mbctrl.cli.session import Session
 from mbctrl.learning.loops import load_loop
 
@@ -17,8 +17,8 @@ Job = tuple[str, int, int | None]
 EPISODES = 2  # after each training, at least
 
 
-def played(job: Job) -> float | list[Trial]:
-    """Return the episode's return, or the loop's trials, random commands first."""
+def played(job: Job) -> float | list[tuple[int, float]]:
+    """Return the episode's return, or for each trial the steps before it, random ones first, and its return."""
     torch.set_num_threads(1)
     name, seed, steps = job
     config, file = load_run(name)
@@ -30,7 +30,8 @@ def played(job: Job) -> float | list[Trial]:
         spec, recipe = load_loop(file, config)
         a_trial = int(config.duration / recipe.dt)
         trials = -(-(steps - spec.random) // a_trial) + EPISODES
-        return Loop(config, file, spec.model_copy(update={"trials": trials}), recipe, out).run()
+        found = Loop(config, file, spec.model_copy(update={"trials": trials}), recipe, out).run()
+        return [(spec.random + a_trial * (trial.number - 1), trial.reward) for trial in found[1:]]
 
 
 def _alone(config: RunConfig, seed: int) -> RunConfig:

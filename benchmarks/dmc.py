@@ -12,8 +12,6 @@ import numpy as np
 from _common import Say, row
 from _dmc import EPISODES, Job, played
 
-from mbctrl.cli.loops import Trial
-
 
 @dataclass(frozen=True)
 class Known:
@@ -58,7 +56,7 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
     return out
 
 
-def task_rows(task: str, ceiling: list[float], loops: list[list[Trial]], budgets: list[int]) -> list[dict[str, Any]]:
+def task_rows(task: str, ceiling: list[float], loops: list[list[tuple[int, float]]], budgets: list[int]) -> list[dict[str, Any]]:
     """Return the returns of a task, means over its seeds, and what share of the simulator's return a learned model keeps."""
     known, best = TASKS[task], float(np.mean(ceiling))
     label = f"{task} ({len(ceiling)} seed{'s' * (len(ceiling) > 1)})"
@@ -71,7 +69,6 @@ def task_rows(task: str, ceiling: list[float], loops: list[list[Trial]], budgets
     return out
 
 
-def _after(trials: list[Trial], steps: int) -> float:
+def _after(trials: list[tuple[int, float]], steps: int) -> float:
     """Return the mean return of the first episodes planned with what so many steps taught."""
-    first = next(k for k, trial in enumerate(trials) if trial.known >= steps)
-    return float(np.mean([trial.reward for trial in trials[first : first + EPISODES]]))
+    return float(np.mean([earned for before, earned in trials if before >= steps][:EPISODES]))
