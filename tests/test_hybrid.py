@@ -339,3 +339,6 @@ def test_a_run_plans_with_its_residual(panda: Model, tmp_path: Path) -> None:
     missing = validate(RunConfig, merged(config.model_dump(), {"dynamics": {"residual": "nowhere.npz"}}), file)
     with pytest.raises(SpecError, match="dynamics.residual: nowhere.npz: no such file"):
         MpcController(missing, model, file)
+    unheard = validate(RunConfig, merged(config.model_dump(), merged(changes, {"dynamics": {"backend": "mujoco"}})), file)
+    with pytest.raises(SpecError, match="dynamics.backend: MuJoCo as the model has no place for what was learned"):
+        MpcController(unheard, model, file)

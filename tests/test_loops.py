@@ -115,6 +115,8 @@ def test_rewards_take_joint_goals_and_mean_commands(tmp_path: Path) -> None:
         ({"loop": "twice"}, "learn.loop"),
         ({"every": None}, "learn: every: missing; is needed by loop online"),
         ({"loop": "once"}, "learn: every: is of loop online, found loop once"),
+        ({"at": [30, 70]}, "learn: at: is of loop aggregate, found loop online"),
+        ({"loop": "aggregate", "every": None, "at": [70, 30]}, r"at: expected increasing numbers of steps, found \[70, 30\]"),
         ({"trails": 3}, "learn.trails: unknown key; did you mean 'trials'"),
         ({"model": {"dt": 0.1}}, "learn.model.dt: the scenario says it already"),
         ({"model": {"network": {"members": 0}}}, "learn.model.network.members"),
@@ -161,6 +163,26 @@ def test_once_learns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     calls = counted(monkeypatch)
     trials = loop_of(scenario(tmp_path, loop="once", every=None, trials=2), tmp_path / "out").run()
     assert len(trials) == 3 and calls == [30] and [trial.training > 0 for trial in trials] == [False, True, False]
+
+
+def test_aggregate_learns_before_the_trials_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    file = scenario(tmp_path, loop="aggregate", every=None, trials=4, at=[30, 100, 105, 150])
+    trials = loop_of(file, tmp_path / "out").run()
+    assert [trial.known for trial in trials] == [0, 30, 70, 110, 150] and calls == [30, 110, 150]
+    assert [trial.training > 0 for trial in trials] == [False, True, False, True, True]
+
+
+def test_a_task_of_dm_control_is_planned_with_what_was_learned_and_not_through_the_simulator(tmp_path: Path) -> None:
+    """Its random steps outlast the task's own time limit of 20 s; a step over its reset would be one the robot cannot make."""
+    file = scenario(tmp_path, "pendulum_swingup_sim", 0.42, at=None, trials=1, random=600)
+    assert load_run(str(file))[0].dynamics.backend == "mujoco"
+    loop = loop_of(file, tmp_path / "out")
+    trials = loop.run()
+    assert [trial.known for trial in trials] == [0, 600] and loop.controller.backend.name == "kernel"
+    known = read_transitions(tmp_path / "out" / "transitions.parquet")
+    moved = known.x_next[:, 0] - known.x[:, 0]
+    np.testing.assert_allclose(moved, 0.02 * (known.x_next[:, 1] + known.x[:, 1]), atol=0.02)
 
 
 def test_online_learns_while_the_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,10 @@ class Loop:
         planner = config.planner.model_copy(update={"risk": spec.risk})
         beneath = {} if recipe.base == "identity" else {"contact": recipe.contact}  # of what is known, no more than the recipe
         physics = config.dynamics.model_copy(update=beneath)
-        dynamics = physics.model_copy(update={"residual": str(self.path.resolve())})
+        learned = {"residual": str(self.path.resolve())}
+        if physics.backend == "mujoco":  # which has no place for what is learned
+            learned["backend"] = "auto"
+        dynamics = physics.model_copy(update=learned)
         record = RecordSpec(plots=False, video=False)
         self.config = config.model_copy(update={"record": record, "stop_when_done": False})
         self._learned = config.model_copy(update={"planner": planner, "dynamics": dynamics})
@@ -98,19 +101,28 @@ class Loop:
         if recipe.base == "analytic":
             self.controller = MpcController(config.model_copy(update={"dynamics": physics}), self.model, file)
         self._trial, self._before, self._due = 0, 0, spec.random or spec.every or 0
-        self._training, self._failures = 0.0, 0
+        self._training, self._failures, self._reached = 0.0, 0, 0
 
     def run(self, done: Callable[[Trial], None] = lambda trial: None) -> list[Trial]:
         """Return all trials, the random one first where there is one; ``done`` is called after each."""
         trials = []
         online = self.spec.loop == "online"
         for number in range(1 if online or not self.spec.random else 0, self.spec.trials + 1):
-            if not online and self.known and (number == 1 or self.spec.loop == "aggregate"):
+            due = self._is_due()
+            if not online and self.known and (number == 1 or due):
                 self.learn()
             trials.append(self._episode(number))
             write_transitions(self.folder / "transitions.parquet", concatenate(self.known))
             done(trials[-1])
         return trials
+
+    def _is_due(self) -> bool:
+        """Return whether, by the steps there are, the next trial is one that loop aggregate learns anew for."""
+        if self.spec.at is None:
+            return self.spec.loop == "aggregate"
+        reached = sum(self._before >= steps for steps in self.spec.at)
+        due, self._reached = reached > self._reached, reached
+        return due
 
     def _episode(self, number: int) -> Trial:
         """Run one episode and keep its transitions."""

@@ -188,7 +188,7 @@ def tree_from_mujoco(mj: mujoco.MjModel, source: str = "") -> RigidTree:
         friction=mj.dof_frictionloss[dof].copy(),
         stiffness=mj.jnt_stiffness.copy(),
         spring_reference=mj.qpos_spring[mj.jnt_qposadr].copy(),
-        gravity=mj.opt.gravity.copy(),
+        gravity=mj.opt.gravity * (not mj.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_GRAVITY),
         frames={
             mj.site(s).name: Frame(*_compose(place[mj.site_bodyid[s]], mj.site_quat[s], mj.site_pos[s])) for s in range(mj.nsite)
         }

@@ -20,7 +20,8 @@ class LearnSpec(Spec):
     """A loop of model-based reinforcement learning.
 
     ``loop``: ``once`` collects with random commands, learns, then plans; ``aggregate`` learns anew from everything before
-    each trial; ``online`` learns anew every so many steps (``every``) while a trial goes on.
+    each trial, or before those alone by which one more of so many steps (``at``) was made; ``online`` learns anew every so many
+    steps (``every``) while a trial goes on.
 
     ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
     for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
@@ -37,14 +38,19 @@ class LearnSpec(Spec):
     hold: Count = 1
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
     every: Count | None = None
+    at: tuple[Count, ...] | None = None
     best: Number = 0.0
     risk: RiskSpec = RiskSpec()
     model: str | Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _online(self) -> LearnSpec:
+    def _when(self) -> LearnSpec:
         if (self.every is not None) != (self.loop == "online"):
             raise ValueError(f"every: {'is of' if self.every else 'missing; is needed by'} loop online, found loop {self.loop}")
+        if self.at is not None and self.loop != "aggregate":
+            raise ValueError(f"at: is of loop aggregate, found loop {self.loop}")
+        if self.at is not None and any(later <= earlier for earlier, later in zip(self.at, self.at[1:])):
+            raise ValueError(f"at: expected increasing numbers of steps, found {list(self.at)}")
         return self
 
 

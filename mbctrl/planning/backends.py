@@ -194,10 +194,18 @@ def hybrid_of(
     """Return the run's model with its learned residual on top, None where the run names none.
 
     Errors:
-        SpecError: as ``learned_of``.
+        SpecError: as ``learned_of``, and for MuJoCo as the model.
     """
     name = config.dynamics.residual
-    return None if name is None else learned_of(name, config, model, analytic, file, "dynamics.residual")
+    if name is None:
+        return None
+    if config.dynamics.backend == "mujoco":
+        raise SpecError(
+            "MuJoCo as the model has no place for what was learned; expected auto, kernel or torch",
+            file=file,
+            key="dynamics.backend",
+        )
+    return learned_of(name, config, model, analytic, file, "dynamics.residual")
 
 
 def learned_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mujoco
 import numpy as np
 
 from mbctrl.base.errors import SpecError, suggest
@@ -23,7 +24,7 @@ class SuiteDriver(Driver):
         domain, _, task = name.partition("-")
         if (domain, task) not in suite.ALL_TASKS:
             raise SpecError(f"unknown task{suggest(name, ('-'.join(pair) for pair in suite.ALL_TASKS))}", key="backend.task")
-        self.environment = suite.load(domain, task, task_kwargs={"random": seed})
+        self.environment = suite.load(domain, task, task_kwargs={"random": seed, "time_limit": np.inf})  # the loop ends it
         self.physics = self.environment.physics
         self.period = self.environment.control_timestep()
         self._robot, self._clock, self._pick = robot, clock, robot.command_index
@@ -36,9 +37,17 @@ class SuiteDriver(Driver):
 
     @property
     def target(self) -> np.ndarray | None:
-        """The position of the task's geom named target [m], (3,)."""
-        names = self.physics.named.data.geom_xpos.axes.row.names
-        return self.physics.named.data.geom_xpos["target"].copy() if "target" in names else None
+        """The position of the task's geom or site named target that is fixed in the world [m], (3,)."""
+        model, data = self.physics.model, self.physics.data
+        kinds = (
+            (mujoco.mjtObj.mjOBJ_GEOM, model.geom_bodyid, data.geom_xpos),
+            (mujoco.mjtObj.mjOBJ_SITE, model.site_bodyid, data.site_xpos),
+        )
+        for kind, bodies, places in kinds:
+            index = mujoco.mj_name2id(model.ptr, kind, "target")
+            if index >= 0 and model.body_weldid[bodies[index]] == 0:
+                return places[index].copy()
+        return None
 
     def open(self) -> None:
         """Start the episode."""
