@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from mbctrl.base.config import Count, RiskSpec, RunConfig
 from mbctrl.base.errors import SpecError
+from mbctrl.base.robot import Positive
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
+from mbctrl.learning.fence import BoxSpec
 from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 
 _TAKEN = ("robot", "dt", "integrator")  # the scenario says these
@@ -23,7 +25,8 @@ class LearnSpec(Spec):
     each trial; ``online`` learns anew every so many steps (``every``) while a trial goes on.
 
     ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
-    for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
+    for ``hold`` steps, or, with ``explore: excitation``, sums of sines up to ``band`` [Hz]; the tool stays in ``box``, by the
+    robot's own physics, where there is one. Then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
     physics beneath, it plans alone until something was learnt, and random commands may be left out. A trial's return is the sum
     over its steps of ``best`` less what the task's terms cost [1/s].
 
@@ -34,8 +37,11 @@ class LearnSpec(Spec):
     loop: Literal["once", "aggregate", "online"]
     trials: Count = 10
     random: Annotated[int, Field(ge=0, strict=True)] = 200
+    explore: Literal["random", "excitation"] = "random"
     hold: Count = 1
+    band: Positive | None = None
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    box: BoxSpec | None = None
     every: Count | None = None
     best: Number = 0.0
     risk: RiskSpec = RiskSpec()
@@ -45,6 +51,10 @@ class LearnSpec(Spec):
     def _online(self) -> LearnSpec:
         if (self.every is not None) != (self.loop == "online"):
             raise ValueError(f"every: {'is of' if self.every else 'missing; is needed by'} loop online, found loop {self.loop}")
+        if (self.band is not None) != (self.explore == "excitation"):
+            raise ValueError(
+                f"band: {'is of' if self.band else 'missing; is needed by'} explore excitation, found explore {self.explore}"
+            )
         return self
 
 
@@ -80,6 +90,8 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
         recipe = validate(LearningRecipe, {**spec.model, **given, "training": training}, file, "learn.model")
     if not spec.random and (recipe.base == "identity" or spec.loop == "once"):
         raise SpecError("expected some steps, where there is nothing else to learn from, found 0", file=file, key="learn.random")
+    if spec.box is not None and config.loop.latency > 0:
+        raise SpecError("a box needs plans at once; expected 0 s", file=file, key="loop.latency")
     per_plan = config.loop.rate * config.dynamics.dt
     if abs(per_plan - 1) > 1e-6:
         raise SpecError(

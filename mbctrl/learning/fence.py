@@ -1,0 +1,167 @@
+"""Where the tool may be while exploring: a box, kept by looking a second ahead with the arm's own physics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from mbctrl.base.errors import SpecError
+from mbctrl.base.robot import Robot
+from mbctrl.base.scene import Point
+from mbctrl.base.spec import Number, Spec
+from mbctrl.dynamics.gate import gate_capsules
+from mbctrl.dynamics.load import Model
+from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+
+_AHEAD = 1.0  # [s] of stopping that is looked at
+_STEP = 0.01  # [s] of it, at most
+_SERVO = 0.3  # of 1 / dt: how fast arms that take torques are servoed home
+_SPEED, _RATE = 0.3, 0.9  # a Panda's torque rates are met where its references move at three tenths of its speed limits
+
+
+class BoxSpec(Spec):
+    """A box in the world between two corners; ``margin`` of it is kept for what looking ahead does not know."""
+
+    low: Point  # [m]
+    high: Point  # [m]
+    margin: Annotated[Number, Field(ge=0)] = 0.02  # [m]
+
+    @model_validator(mode="after")
+    def _order(self) -> BoxSpec:
+        for axis, low, high in zip("xyz", self.low, self.high):
+            if not low + 2 * self.margin < high:
+                raise ValueError(f"nothing is left along {axis} between {low:g} and {high:g} m, {self.margin:g} m off each")
+        return self
+
+
+class Fence:
+    """Tells after which commands the tool can still be stopped inside a box.
+
+    The tool is the capsules of its link and its point. A command is safe if the tool stays inside while it is in force, for
+    ``dt``, and in the second after it, in which the arm is stopped: its reference stays where it is, or torques servo it home.
+    So there is always a stop at hand that was seen to be safe; where joints move freely, for a second. A tool that is in the
+    margin already must not go further.
+
+    Args:
+        model: the arm.
+        physics: its analytic model, of the time step ``dt`` at which commands are chosen; what was learnt does not count.
+        box: where the tool may be.
+        file: named in errors.
+        faster: makes the same of it with compiled rollouts.
+
+    Errors:
+        SpecError: for a box in which the tool is not at home.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        physics: RigidBodyDynamics,
+        box: BoxSpec,
+        file: str | Path | None = None,
+        faster: Callable[[RigidBodyDynamics], Any] = lambda arm: arm,
+    ) -> None:
+        robot, dt = model.robot, physics.dt
+        self._arm, self._box, self._file, self._n = physics, box, file, robot.nq
+        self._pick, self._torque = robot.command_index, robot.control.mode == "torque"
+        self._home, self._limit = np.asarray(robot.home, float), np.asarray(robot.limits.effort)
+        tool = model.tree.frames[robot.tool]
+        shapes = [*gate_capsules(model.tree, tool), (tool.position, tool.position, 0.0, tool.link)]
+        self._link = tool.link
+        self._ends = np.array([end for a, b, *_ in shapes for end in (a, b)])  # (P, 3)
+        self._radius = np.repeat([radius for _, _, radius, _ in shapes], 2)[:, None]
+        self._parts = max(1, int(np.ceil(dt / _STEP - 1e-6)))
+        self._most = changes(robot, dt)
+        within = 0.5 if self._torque else 1.0  # a reference is compared with the state at a step's end
+        self._at = np.ones(self._parts) if stepwise(robot, dt) else (np.arange(self._parts) + within) / self._parts
+        self._steps, self._gains = int(np.ceil(_AHEAD / dt)), self._servo(_SERVO / dt)
+        self._step = faster(physics).with_dt(dt / self._parts)
+        self._started = False
+        if self.outside(self._home[:, None])[0] > -box.margin:
+            raise SpecError(self._said("the tool at home", self._home), file=file, key="learn.box")
+
+    def safe(self, x: np.ndarray, last: np.ndarray, commands: np.ndarray) -> np.ndarray:
+        """Return which ``commands`` (C, nu) may be given next, (C,).
+
+        Args:
+            x: (nx,) the state they begin at.
+            last: (nu,) the command in force, from which they set out.
+
+        Errors:
+            SpecError: the first time, for a state whose tool is not inside.
+        """
+        now = float(self.outside(x[: self._n, None])[0])
+        if not self._started and now > 0:
+            raise SpecError(self._said("the tool at the start", x[: self._n]), file=self._file, key="learn.box")
+        self._started = True
+        state, before = np.repeat(x[:, None], len(commands), 1), np.repeat(last[:, None], len(commands), 1)
+        command, seen = commands.T, []
+        for step in range(self._steps + 1):
+            states = self._through(state, before, command)
+            seen.append(states[1:] if step == 0 else states[-1:])
+            state, before = states[-1], command
+            command = self.stop(state, before)
+        every = np.concatenate(seen)[:, : self._n]
+        out = self.outside(every.transpose(1, 0, 2).reshape(self._n, -1)).reshape(len(every), -1)
+        return np.isfinite(out).all(0) & (out.max(0) <= max(-self._box.margin, now))
+
+    def stop(self, x: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Return the command (nu, ...) that stops the arm from a state (nx, ...); ``last`` (nu, ...) is in force."""
+        if not self._torque:
+            return last
+        shape = (-1, *[1] * (x.ndim - 1))
+        home, limit, most, k, d = (one.reshape(shape) for one in (self._home[self._pick], self._limit, self._most, *self._gains))
+        q, v = x[: self._n][self._pick], x[self._n :][self._pick]
+        return (k * (home - q) - d * v).clip(-limit, limit).clip(last - most, last + most)
+
+    def outside(self, q: np.ndarray) -> np.ndarray:
+        """Return how far the tool sticks out of the box at ``q`` (n, N), (N,) [m]; below 0: that far inside."""
+        arm = self._arm
+        poses = arm.poses(torch.as_tensor(np.ascontiguousarray(q), dtype=arm.dtype))
+        points = arm.points(poses, self._link, self._ends).double().numpy().transpose(1, 0, 2)  # (3, P, N)
+        low, high = (np.asarray(side)[:, None, None] for side in (self._box.low, self._box.high))
+        return np.maximum(points + self._radius - high, low - points + self._radius).max((0, 1))
+
+    def _through(self, x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return states (parts + 1, nx, C) of a step from ``x`` (nx, C) while the command goes from one to the other, (nu, C)."""
+        u = first + self._at[:, None, None] * (second - first)
+        if not isinstance(self._step, RigidBodyDynamics):
+            return np.asarray(self._step.rollout(x, u), float)
+        with torch.inference_mode():
+            rows = (torch.as_tensor(np.ascontiguousarray(values), dtype=self._arm.dtype) for values in (x, u))
+            return self._step.rollout(*rows).double().numpy()
+
+    def _servo(self, speed: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return stiffness and damping (nu,) of a critically damped servo of ``speed`` [1/s] for the arm at home."""
+        q = torch.as_tensor(self._home, dtype=self._arm.dtype)[:, None]
+        inverse = np.linalg.inv(self._arm.terms(q, torch.zeros_like(q)).mass_matrix[:, :, 0].double().numpy())
+        mass = np.diag(np.linalg.inv(inverse[np.ix_(self._pick, self._pick)]))  # what the driven joints feel
+        return speed**2 * mass, 2 * speed * mass
+
+    def _said(self, what: str, q: np.ndarray) -> str:
+        off = float(self.outside(q[:, None])[0])
+        where = f"{off:.3f} m outside" if off > 0 else f"{-off:.3f} m from its walls"
+        return f"expected {what} inside, {self._box.margin:g} m from its walls, found {where}"
+
+
+def changes(robot: Robot, dt: float) -> np.ndarray:
+    """Return by how much commands may change in ``dt`` [s], (nu,): references at a share of the speed limits, torques of their rate.
+
+    Infinite for robots that take one command a step, which is in force at once, and for those without a limit.
+    """
+    limits = robot.limits
+    if robot.control.mode == "impedance":
+        return _SPEED * dt * np.asarray(limits.velocity)[robot.command_index]
+    if limits.effort_rate is None or stepwise(robot, dt):
+        return np.full(robot.nu, np.inf)
+    return _RATE * dt * np.asarray(limits.effort_rate)
+
+
+def stepwise(robot: Robot, dt: float) -> bool:
+    """Return whether a robot takes one command a step of ``dt`` [s], not many along it."""
+    return round(dt * robot.control.rate) <= 1
