@@ -79,18 +79,18 @@ class Exploration(ABC):
 
     def _within(self, wanted: np.ndarray, t: float, x: np.ndarray) -> np.ndarray:
         """Return the first of what is wanted, of others and of a step home that keeps the tool within the fence; else a stop."""
-        others, home = self.others(t, _DRAWS), self.middle[None]
-        every = np.concatenate([wanted[None], self._near(np.concatenate([others, home]))])
-        safe = self._fence.safe(x, self._last, every)
-        if safe[0]:
+        if self._fence.safe(x, self._last, wanted[None])[0]:
             return wanted
         self.refused += 1
+        others = self.others(t, _DRAWS)
+        near = self._near(np.concatenate([others, self.middle[None]]))
+        safe = self._fence.safe(x, self._last, near)
         if not safe.any():
             return self._fence.stop(x, self._last)
         first = int(safe.argmax())
-        if first <= _DRAWS:
-            self.adopt(others[first - 1])
-        return every[first]
+        if first < _DRAWS:
+            self.adopt(others[first])
+        return near[first]
 
 
 class RandomCommands(Exploration):

@@ -1,4 +1,4 @@
-"""Where the tool may be while exploring: a box, kept by looking a second ahead with the arm's own physics."""
+"""Where the tool may be while exploring: a box, kept by looking ahead with the arm's own physics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from mbctrl.dynamics.gate import gate_capsules
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 
-_AHEAD = 1.0  # [s] of stopping that is looked at
+_AHEAD = 1.5  # [s] of stopping that is looked at
 _STEP = 0.01  # [s] of it, at most
 _SERVO = 0.3  # of 1 / dt: how fast arms that take torques are servoed home
+_SETTLED = 0.25  # of the servo's energy may be left in the end
 _SPEED, _RATE = 0.3, 0.9  # a Panda's torque rates are met where its references move at three tenths of its speed limits
 
 
@@ -43,9 +44,9 @@ class Fence:
     """Tells after which commands the tool can still be stopped inside a box.
 
     The tool is the capsules of its link and its point. A command is safe if the tool stays inside while it is in force, for
-    ``dt``, and in the second after it, in which the arm is stopped: its reference stays where it is, or torques servo it home.
-    So there is always a stop at hand that was seen to be safe; where joints move freely, for a second. A tool that is in the
-    margin already must not go further.
+    ``dt``, and while the arm is stopped after it: its reference stays where it is, or torques servo it home.
+    So there is always a stop at hand that was seen to be safe; where joints move freely, as far as is looked ahead. Joints keep their range,
+    for what happens at its ends the physics does not know. A tool that is in the margin already must not go further.
 
     Args:
         model: the arm.
@@ -77,9 +78,12 @@ class Fence:
         self._radius = np.repeat([radius for _, _, radius, _ in shapes], 2)[:, None]
         self._parts = max(1, int(np.ceil(dt / _STEP - 1e-6)))
         self._most = changes(robot, dt)
+        limits = robot.limits
+        self._range = (np.asarray(limits.position_lower)[:, None], np.asarray(limits.position_upper)[:, None])
         within = 0.5 if self._torque else 1.0  # a reference is compared with the state at a step's end
         self._at = np.ones(self._parts) if stepwise(robot, dt) else (np.arange(self._parts) + within) / self._parts
-        self._steps, self._gains = int(np.ceil(_AHEAD / dt)), self._servo(_SERVO / dt)
+        self._steps, self._mass = int(np.ceil(_AHEAD / dt)), self._felt()
+        self._gains = (_SERVO / dt) ** 2 * self._mass, 2 * _SERVO / dt * self._mass  # critically damped, for the arm at home
         self._step = faster(physics).with_dt(dt / self._parts)
         self._started = False
         if self.outside(self._home[:, None])[0] > -box.margin:
@@ -95,20 +99,18 @@ class Fence:
         Errors:
             SpecError: the first time, for a state whose tool is not inside.
         """
-        now = float(self.outside(x[: self._n, None])[0])
+        start, before = np.repeat(x[:, None], len(commands), 1), np.repeat(last[:, None], len(commands), 1)
+        states = self._rolled(start, self._between(before, commands.T))
+        whole = np.concatenate([states, self._stopped(states[-1], commands.T)])
+        every = whole[:, : self._n]
+        out = self.outside(every.transpose(1, 0, 2).reshape(self._n, -1)).reshape(len(every), -1)
+        now = float(out[0, 0])
         if not self._started and now > 0:
             raise SpecError(self._said("the tool at the start", x[: self._n]), file=self._file, key="learn.box")
         self._started = True
-        state, before = np.repeat(x[:, None], len(commands), 1), np.repeat(last[:, None], len(commands), 1)
-        command, seen = commands.T, []
-        for step in range(self._steps + 1):
-            states = self._through(state, before, command)
-            seen.append(states[1:] if step == 0 else states[-1:])
-            state, before = states[-1], command
-            command = self.stop(state, before)
-        every = np.concatenate(seen)[:, : self._n]
-        out = self.outside(every.transpose(1, 0, 2).reshape(self._n, -1)).reshape(len(every), -1)
-        return np.isfinite(out).all(0) & (out.max(0) <= max(-self._box.margin, now))
+        over = np.maximum(every - self._range[1], self._range[0] - every).max(1)
+        inside = (out.max(0) <= max(-self._box.margin, now)) & (over.max(0) <= max(0.0, over[0, 0]))
+        return inside & self._settles(whole) & np.isfinite(out).all(0)
 
     def stop(self, x: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Return the command (nu, ...) that stops the arm from a state (nx, ...); ``last`` (nu, ...) is in force."""
@@ -127,21 +129,46 @@ class Fence:
         low, high = (np.asarray(side)[:, None, None] for side in (self._box.low, self._box.high))
         return np.maximum(points + self._radius - high, low - points + self._radius).max((0, 1))
 
-    def _through(self, x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return states (parts + 1, nx, C) of a step from ``x`` (nx, C) while the command goes from one to the other, (nu, C)."""
-        u = first + self._at[:, None, None] * (second - first)
+    def _between(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return the commands (parts, nu, C) of a step in which they go from one to the other, (nu, C)."""
+        return first + self._at[:, None, None] * (second - first)
+
+    def _stopped(self, x: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Return states (T, nx, C) while the arm is stopped from ``x`` (nx, C); ``last`` (nu, C) is in force."""
+        if not self._torque:
+            return self._rolled(x, np.repeat(last[None], self._steps * self._parts, 0))[1:]
+        states = []
+        for _ in range(self._steps):
+            command = self.stop(x, last)
+            states.append(self._rolled(x, self._between(last, command))[1:])
+            x, last = states[-1][-1], command
+        return np.concatenate(states)
+
+    def _settles(self, states: np.ndarray) -> np.ndarray:
+        """Return where driven joints servoed home come there (C,), by the servo's energy in ``states`` (T, nx, C); holding does.
+
+        Without it arms too weak to hold themselves out are let into swings that no look-ahead tells the end of.
+        """
+        if not self._torque:
+            return np.ones(states.shape[2], bool)
+        k, mass = (one[:, None] for one in (self._gains[0], self._mass))
+        q, v = (part[:, self._pick] for part in np.split(states, 2, axis=1))
+        energy = (k * (q - self._home[self._pick, None]) ** 2 + mass * v**2).sum(1)
+        return energy[-1] <= _SETTLED * energy.max(0)
+
+    def _rolled(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return states (H+1, nx, C) from ``x`` (nx, C) under ``u`` (H, nu, C)."""
         if not isinstance(self._step, RigidBodyDynamics):
             return np.asarray(self._step.rollout(x, u), float)
         with torch.inference_mode():
             rows = (torch.as_tensor(np.ascontiguousarray(values), dtype=self._arm.dtype) for values in (x, u))
             return self._step.rollout(*rows).double().numpy()
 
-    def _servo(self, speed: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return stiffness and damping (nu,) of a critically damped servo of ``speed`` [1/s] for the arm at home."""
+    def _felt(self) -> np.ndarray:
+        """Return the mass that each driven joint feels at home, (nu,)."""
         q = torch.as_tensor(self._home, dtype=self._arm.dtype)[:, None]
         inverse = np.linalg.inv(self._arm.terms(q, torch.zeros_like(q)).mass_matrix[:, :, 0].double().numpy())
-        mass = np.diag(np.linalg.inv(inverse[np.ix_(self._pick, self._pick)]))  # what the driven joints feel
-        return speed**2 * mass, 2 * speed * mass
+        return np.diag(np.linalg.inv(inverse[np.ix_(self._pick, self._pick)]))
 
     def _said(self, what: str, q: np.ndarray) -> str:
         off = float(self.outside(q[:, None])[0])
@@ -150,7 +177,7 @@ class Fence:
 
 
 def changes(robot: Robot, dt: float) -> np.ndarray:
-    """Return by how much commands may change in ``dt`` [s], (nu,): references at a share of the speed limits, torques of their rate.
+    """Return by how much commands may change in ``dt`` [s], (nu,): references at a share of speed limits, torques of their rates.
 
     Infinite for robots that take one command a step, which is in force at once, and for those without a limit.
     """

@@ -24,11 +24,11 @@ class LearnSpec(Spec):
     ``loop``: ``once`` collects with random commands, learns, then plans; ``aggregate`` learns anew from everything before
     each trial; ``online`` learns anew every so many steps (``every``) while a trial goes on.
 
-    ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
-    for ``hold`` steps, or, with ``explore: excitation``, sums of sines up to ``band`` [Hz]; the tool stays in ``box``, by the
-    robot's own physics, where there is one. Then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
-    physics beneath, it plans alone until something was learnt, and random commands may be left out. A trial's return is the sum
-    over its steps of ``best`` less what the task's terms cost [1/s].
+    ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references): drawn anew
+    every ``hold`` steps or, with ``explore: excitation``, sums of sines up to ``band`` [Hz]. The tool stays in ``box`` meanwhile,
+    by the robot's own physics whatever is learnt. Then ``trials`` episodes of the scenario are planned with the learned model and
+    ``risk``. Where there is physics beneath, it plans alone until something was learnt, and random commands may be left out. A
+    trial's return is the sum over its steps of ``best`` less what the task's terms cost [1/s].
 
     ``model`` is a recipe of what is learnt, its name or itself without robot, time step and integrator, which are the
     scenario's; so is the seed of its training, where it names none.
