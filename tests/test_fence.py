@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_loops import loop_of, scenario
 
-from mbctrl.base.config import load_run
 from mbctrl.base.errors import SpecError
 from mbctrl.base.logs import read_log
 from mbctrl.base.plan import PlanRequest
-from mbctrl.base.spec import validate
 from mbctrl.dynamics.actuation import drive_settings
 from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.learning.explore import Excitation, Exploration, RandomCommands
-from mbctrl.learning.fence import BoxSpec, Fence, changes
+from mbctrl.learning.fence import BoxSpec, Fence
 from mbctrl.planning.backends import faster
-from test_loops import loop_of, scenario
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,9 +62,9 @@ def farthest(model: Any, fence: Fence, explore: Exploration, dt: float, steps: i
     ("name", "dt", "kind", "share", "steps"),
     [
         ("panda", 0.04, "random", 0.6, 10000),
-        ("panda", 0.04, "excitation", 0.6, 1000),
-        ("arm2", 0.05, "random", 1.0, 3000),
-        ("reacher", 0.02, "random", 1.0, 1000),
+        ("panda", 0.04, "excitation", 0.6, 500),
+        ("arm2", 0.05, "random", 1.0, 1500),
+        ("reacher", 0.02, "random", 1.0, 500),
     ],
 )
 def test_a_tool_stays_in_its_box_and_leaves_it_where_there_is_none(
@@ -79,3 +77,91 @@ def test_a_tool_stays_in_its_box_and_leaves_it_where_there_is_none(
     without = farthest(model, fence, free, dt, 400)
     print(f"{name}, {kind}: {1e3 * out:.1f} mm, without {1e3 * without:.1f} mm; {explore.refused} refused")
     assert out < 0 < 0.05 < without and explore.refused > 5
+
+
+def test_a_tool_in_the_margin_goes_no_further() -> None:
+    """A start nearer to a wall than the margin is no error: from there it may only come back."""
+    model, fence, _ = explorer("panda", 0.04, "random", 0.6, box={"low": [-1.0] * 3, "high": [1.0, 0.2, 1.0]})
+    q = np.array(model.robot.home) + [0.3, 0, 0, 0, 0, 0, 0]
+    wall = 0.2 + fence.outside(q[:, None])[0] + 0.01
+    _, fence, _ = explorer("panda", 0.04, "random", 0.6, box={"low": [-1.0] * 3, "high": [1.0, wall, 1.0]})
+    x, step = np.concatenate([q, np.zeros(7)]), np.array([0.02, 0, 0, 0, 0, 0, 0])
+    assert fence.outside(q[:, None])[0] == pytest.approx(-0.01, abs=1e-6)
+    assert fence.safe(x, q, np.stack([q + step, q - step])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("learn", "message"),
+    [
+        (
+            {"box": {"low": [-0.5] * 3, "high": [0.5] * 3}},
+            r"learn.box: expected the tool at home inside, 0.02 m .* outside",
+        ),
+        ({"box": {"low": [-2.0] * 3, "high": [0.0, 2.0, 2.0]}}, r"learn.box: expected the tool at home inside"),
+        ({"box": {"low": [1.0, -2.0, -2.0], "high": [-1.0, 2.0, 2.0]}}, r"learn.box: nothing is left along x between 1 and -1 m"),
+        ({"box": {"low": [-2.0] * 3, "high": [2.0] * 3, "margn": 0.1}}, r"learn.box.margn: unknown key"),
+        (
+            {"explore": "excitation"},
+            "learn: band: missing; is needed by explore excitation",
+        ),
+        ({"band": 0.5}, "learn: band: is of explore excitation, found explore random"),
+    ],
+)
+def test_boxes_and_bands_that_make_no_sense_are_refused_by_key(tmp_path: Path, learn: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        loop_of(scenario(tmp_path, **learn), tmp_path / "out")
+    assert str(tmp_path / "small.yaml") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_start_outside_and_late_plans_are_refused(tmp_path: Path) -> None:
+    box = {"low": [-0.1, -1.0, -1.1], "high": [0.1, 1.0, 0.1]}
+    file = scenario(tmp_path, loop="aggregate", every=None, box=box)
+    text = file.read_text()
+    file.write_text(text.replace("start_noise: 0.1", "start_noise: 1.5"))
+    seed = next(k for k in range(9) if abs(np.random.default_rng(k).uniform(-1.5, 1.5)) > 0.3)
+    with pytest.raises(SpecError, match="small.yaml: learn.box: expected the tool at the start inside.*outside"):
+        loop_of(file, tmp_path / "out", seed).run()
+    file.write_text(text + "loop: {latency: 0.01}\n")
+    with pytest.raises(SpecError, match="loop.latency: a box needs plans at once"):
+        loop_of(file, tmp_path / "again")
+
+
+def test_a_pendulum_learns_within_its_box(tmp_path: Path) -> None:
+    """The loop's random episode keeps the tip within 35 cm of the middle; without a box it does not."""
+    for box, name in ((None, "free"), ({"low": [-0.35, -1.0, -1.1], "high": [0.35, 1.0, 0.1]}, "boxed")):
+        file = scenario(tmp_path, loop="aggregate", every=None, trials=1, random=200, hold=6, box=box)
+        loop_of(file, tmp_path / name, seed=3)._episode(0)
+    free, boxed = (np.abs(read_log(tmp_path / name / "trial-00" / "log.csv")["tcp"][:, 0]).max() for name in ("free", "boxed"))
+    print("farthest [m]", free, boxed)
+    assert 0.2 < boxed < 0.35 < 0.4 < free
+
+
+def test_excitation_is_smooth_and_keeps_its_share() -> None:
+    robot = load_model("panda").robot
+    made = Excitation(robot, 0.5, 0.4, 0.04, np.random.default_rng(0))
+    home, limits = np.asarray(robot.home), robot.limits
+    half = 0.5 * np.minimum(np.asarray(limits.position_upper) - home, home - np.asarray(limits.position_lower))
+    t = np.arange(0, 50.0, 0.04)  # two periods of 10 / band
+    u = np.array([made.wanted(one) for one in t]) - home
+    assert np.abs(u[0]).max() == 0 and (np.abs(u) <= 1.001 * half).all() and (np.abs(u).max(0) > 0.99 * half).all()
+    late = u[625:]  # one whole period, after the ramp
+    power = np.abs(np.fft.rfft(late, axis=0)) ** 2
+    band = np.fft.rfftfreq(len(late), 0.04) <= 0.4 + 1e-9
+    assert power[~band].sum() < 1e-9 * power.sum() and (power[1:11] > 0).all()
+
+
+def test_commands_change_no_faster_than_an_arm_follows() -> None:
+    robot = load_model("panda").robot
+    made = RandomCommands(robot, 1.0, 0.04, 0.04, np.random.default_rng(1))
+    x = np.concatenate([robot.home, np.zeros(7)])
+    plans = [made.plan(PlanRequest(0.04 * k, x)) for k in range(200)]
+    far = np.array([plan.u[-1] for plan in plans]) - robot.home
+    assert (far.min(0) < -0.05).all() and (far.max(0) > 0.05).all()
+    most = 0.3 * 0.04 * np.asarray(robot.limits.velocity)
+    assert np.array_equal(plans[0].command(0.0), robot.home)
+    for k, (plan, after) in enumerate(zip(plans, plans[1:])):
+        assert np.allclose(plan.command(0.04 * (k + 1)), after.command(after.t0))  # no jump from plan to plan
+        assert (np.abs(after.u[1] - after.u[0]) <= most + 1e-12).all()
+    free = RandomCommands(load_model("cartpole_pets").robot, 1.0, 0.04, 0.04, np.random.default_rng(1))
+    jumps = np.diff([free.plan(PlanRequest(0.04 * k, np.zeros(4))).u[0, 0] for k in range(200)])
+    assert np.abs(jumps).max() > 400  # [N] at once, for one command is one step

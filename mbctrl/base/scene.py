@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mbctrl.base.poses import rotation_from_rpy
 from mbctrl.base.robot import Positive, Vector
@@ -52,17 +52,18 @@ class PoseGoal(Spec):
     """
 
     kind: Literal["poses"] = "poses"
-    targets: tuple[Target, ...] = ()
     within: RegionSpec | None = None
+    targets: tuple[Target, ...] = Field((), validate_default=True)
     tolerance_position: Positive = 0.005  # [m]
     tolerance_rotation: Positive = 0.0349  # [rad]
     hold: Positive = 0.3  # [s]
 
-    @model_validator(mode="after")
-    def _some(self) -> PoseGoal:
-        if bool(self.targets) == (self.within is not None):
-            raise ValueError(f"targets: expected some, or else within, found {'both' if self.targets else 'neither'}")
-        return self
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[Target, ...], info: ValidationInfo) -> tuple[Target, ...]:
+        if bool(targets) == (info.data.get("within") is not None):
+            raise ValueError(f"expected some, or else within, found {'both' if targets else 'neither'}")
+        return targets
 
     def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return target ``index`` at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""

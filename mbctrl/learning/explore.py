@@ -75,7 +75,7 @@ class Exploration(ABC):
 
     def _near(self, command: np.ndarray) -> np.ndarray:
         """Return commands (..., nu) as far from the last one as a step allows."""
-        return self._last + (command - self._last).clip(-self._most, self._most)
+        return np.clip(command, self._last - self._most, self._last + self._most)
 
     def _within(self, wanted: np.ndarray, t: float, x: np.ndarray) -> np.ndarray:
         """Return the first of what is wanted, of others and of a step home that keeps the tool within the fence; else a stop."""

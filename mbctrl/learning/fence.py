@@ -43,10 +43,10 @@ class BoxSpec(Spec):
 class Fence:
     """Tells after which commands the tool can still be stopped inside a box.
 
-    The tool is the capsules of its link and its point. A command is safe if the tool stays inside while it is in force, for
-    ``dt``, and while the arm is stopped after it: its reference stays where it is, or torques servo it home.
-    So there is always a stop at hand that was seen to be safe; where joints move freely, as far as is looked ahead. Joints keep their range,
-    for what happens at its ends the physics does not know. A tool that is in the margin already must not go further.
+    The tool is the capsules of its link and its point. A command is safe if the tool stays inside, and joints in their range,
+    while it is in force, for ``dt``, and while the arm is stopped after it: its reference stays where it is, or torques servo
+    it home. So there is always a stop at hand that was seen to be safe, as far as was looked ahead. A tool that is in the margin
+    already must not go further.
 
     Args:
         model: the arm.
