@@ -17,6 +17,7 @@ from _pets import LAST, driven, learned
 
 CARTPOLE, PENDULUM = "cartpole_pets_sim", "pendulum_online_sim"
 SEVEN = {"panda_reach_pets_sim": "7 joints reach", "panda_push_pets_sim": "7 joints push"}
+SEEDS = (3, 4, 5)  # not those the 7-joint scenarios were tuned on
 PEER_CPU = 0.56  # [s] a plan of mbrl-lib's PETS at 60 samples, 5 networks, 3 iterations, 25 steps: 22,500 network evaluations
 PEER_BUDGET = {"samples": 60, "iterations": 3, "horizon": 1.0, "knots": 25}
 PEER_RETURNS = {200: -3.9, 400: 2.8, 600: 35.9, 800: 75.3}  # its returns after so many steps, at this budget
@@ -50,7 +51,7 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
 def seven_rows(say: Say) -> list[dict[str, Any]]:
     """Return what trials of the 7-joint tasks came to, learned from nothing, beside the same plans with the true physics."""
     out = []
-    jobs = [(name, seed, learns) for name in SEVEN for learns in (True, False) for seed in range(3)]
+    jobs = [(name, seed, learns) for name in SEVEN for learns in (True, False) for seed in SEEDS]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = []
         for job, result in zip(jobs, pool.map(driven, jobs)):
