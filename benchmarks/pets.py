@@ -58,20 +58,19 @@ def seven_rows(say: Say) -> list[dict[str, Any]]:
             results.append(result)
             say(f"{len(results)} of {len(jobs)} runs of 7 joints, last: {job[0]} seed {job[1]}")
     for number, label in enumerate(SEVEN.values()):
-        (learnt, near), (true, exact) = (
-            (np.array([part[0] for part in group]), np.array([part[1] for part in group]))  # (seeds, trials)
-            for group in (results[6 * number : 6 * number + 3], results[6 * number + 3 : 6 * number + 6])
-        )
-        for trial in range(learnt.shape[1]):
-            what = f"trial {trial}" if trial else "random commands"
-            out.append(row(f"{label} (3 seeds): return of {what}, median", float(np.median(learnt[:, trial])), "1"))
+        learnt, true = (results[3 * k : 3 * k + 3] for k in (2 * number, 2 * number + 1))
+        returns, off = (np.array([part[k] for part in learnt]) for k in (0, 1))  # (seeds, 1 + trials), random first
+        named = [(f"trial {trial}" if trial else "random commands", trial) for trial in range(returns.shape[1])]
+        for what, trial in named:
+            out.append(row(f"{label} (3 seeds): return, {what}, median", float(np.median(returns[:, trial])), "1"))
             out.append(
-                row(f"{label} (3 seeds): off the target in its last second, median", 1e3 * float(np.median(near[:, trial])), "mm")
+                row(f"{label} (3 seeds): off the target in the end, {what}, median", 1e3 * float(np.median(off[:, trial])), "mm")
             )
-        last = learnt[:, -3:], near[:, -3:]
-        for what, returns, off in (("last three trials", *last), ("true physics", true, exact)):
-            out.append(row(f"{label} (3 seeds): return, {what}, median", float(np.median(returns)), "1"))
-            out.append(row(f"{label} (3 seeds): off the target, {what}, worst", 1e3 * float(off.max()), "mm"))
+        for what, group in (("last three trials", learnt), ("the same, true physics", true)):
+            totals, ends = (np.array([part[k][-3:] for part in group]) for k in (0, 1))
+            out.append(row(f"{label} (3 seeds): return, {what}, median", float(np.median(totals)), "1"))
+            out.append(row(f"{label} (3 seeds): off the target in the end, {what}, median", 1e3 * float(np.median(ends)), "mm"))
+            out.append(row(f"{label} (3 seeds): off the target in the end, {what}, worst", 1e3 * float(ends.max()), "mm"))
     return out
 
 

@@ -136,6 +136,23 @@ def test_a_pendulum_learns_within_its_box(tmp_path: Path) -> None:
     assert 0.2 < boxed < 0.35 < 0.4 < free
 
 
+@pytest.mark.parametrize(("name", "dt"), [("panda", 0.04), ("arm2", 0.05)])
+def test_compiled_rollouts_and_torch_allow_the_same(name: str, dt: float) -> None:
+    """Commands on both sides of what is allowed, from states that move."""
+    model, fast, _ = explorer(name, dt, "random", 1.0)
+    slow = Fence(model, fast._arm, BoxSpec(**BOXES[name]))
+    rng, n = np.random.default_rng(0), model.robot.nq
+    told: list[list[bool]] = [[], []]
+    for _ in range(3):
+        x = np.concatenate([np.asarray(model.robot.home) + rng.uniform(-0.1, 0.1, n), rng.uniform(-2.0, 2.0, n)])
+        last = x[:n] if name == "panda" else np.zeros(n)
+        commands = rng.uniform(-1.5, 1.5, (40, n)) + (x[:n] if name == "panda" else 0.0)
+        for known, fence in zip(told, (fast, slow)):
+            known += fence.safe(x, last, commands).tolist()
+    print(name, "allowed", np.mean(told, 1), "the same", np.mean(np.equal(*told)))
+    assert np.mean(np.equal(*told)) >= 0.98 and 0.05 < np.mean(told[0]) < 0.95
+
+
 def test_excitation_is_smooth_and_keeps_its_share() -> None:
     robot = load_model("panda").robot
     made = Excitation(robot, 0.5, 0.4, 0.04, np.random.default_rng(0))

@@ -342,3 +342,13 @@ def test_a_pendulum_learned_online_stays_up_where_angles_are_encoded(tmp_path: P
         assert len(log.data) == 501
         held += bool((np.abs(log["q"][-100:, 0] % (2 * np.pi) - np.pi) < 0.3).all())
     assert held == 3 if encode else held < 3
+
+
+@pytest.mark.skipif(not os.environ.get("MBCTRL_SLOW"), reason="minutes; MBCTRL_SLOW asks for it, mbctrl bench pets shows it")
+@pytest.mark.parametrize(("name", "within"), [("panda_reach_pets_sim", 0.02), ("panda_push_pets_sim", 0.04)])
+def test_seven_joints_are_learned_from_nothing(tmp_path: Path, name: str, within: float) -> None:
+    """The tool, and the box, end near their targets in the last three trials."""
+    loop_of(Path(load_run(name)[1]), tmp_path / "out", seed=7).run()
+    for number in (6, 7, 8):
+        error = read_log(tmp_path / "out" / f"trial-{number:02d}" / "log.csv")["error.position"]
+        assert np.median(error[-1000:]) < within < error[0]
