@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,17 @@ def farthest(model: Any, fence: Fence, explore: Exploration, dt: float, steps: i
 @pytest.mark.parametrize(
     ("name", "dt", "kind", "share", "steps"),
     [
-        ("panda", 0.04, "random", 0.6, 10000),
+        ("panda", 0.04, "random", 0.6, 2500),
         ("panda", 0.04, "excitation", 0.6, 500),
-        ("arm2", 0.05, "random", 1.0, 1500),
-        ("reacher", 0.02, "random", 1.0, 500),
+        ("arm2", 0.05, "random", 1.0, 800),
+        ("reacher", 0.02, "random", 1.0, 300),
     ],
 )
 def test_a_tool_stays_in_its_box_and_leaves_it_where_there_is_none(
     name: str, dt: float, kind: str, share: float, steps: int
 ) -> None:
+    """With MBCTRL_SLOW: for 10,000 steps each."""
+    steps = 10000 if os.environ.get("MBCTRL_SLOW") else steps
     model, fence, explore = explorer(name, dt, kind, share)
     out = farthest(model, fence, explore, dt, steps)
     _, _, free = explorer(name, dt, kind, share)
@@ -173,7 +176,7 @@ def test_commands_change_no_faster_than_an_arm_follows() -> None:
     x = np.concatenate([robot.home, np.zeros(7)])
     plans = [made.plan(PlanRequest(0.04 * k, x)) for k in range(200)]
     far = np.array([plan.u[-1] for plan in plans]) - robot.home
-    assert (far.min(0) < -0.05).all() and (far.max(0) > 0.05).all()
+    assert (np.ptp(far, 0) > 0.2).all()
     most = 0.3 * 0.04 * np.asarray(robot.limits.velocity)
     assert np.array_equal(plans[0].command(0.0), robot.home)
     for k, (plan, after) in enumerate(zip(plans, plans[1:])):

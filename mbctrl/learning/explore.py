@@ -9,9 +9,10 @@ import numpy as np
 from mbctrl.base.plan import Plan, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.calibrate.fourier import FourierSeries
-from mbctrl.learning.fence import Fence, changes, stepwise
+from mbctrl.learning.fence import AHEAD, Fence, changes, stepwise
 
 _DRAWS = 14  # what is drawn anew at once where a fence refuses a command
+_ROW = 3  # refusals in a row after which an arm that takes torques is servoed home for a while
 _HARMONICS = 10
 
 
@@ -44,7 +45,7 @@ class Exploration(ABC):
         self.rng, self._rows, self._dt, self._fence = rng, max(2, rows), dt, fence
         self._most, self._stepwise, self._pick = changes(robot, dt), stepwise(robot, dt), pick
         self._last: np.ndarray | None = None
-        self.refused = 0
+        self.refused, self._row, self._until = 0, 0, -np.inf
 
     @abstractmethod
     def wanted(self, t: float) -> np.ndarray:
@@ -79,9 +80,14 @@ class Exploration(ABC):
 
     def _within(self, wanted: np.ndarray, t: float, x: np.ndarray) -> np.ndarray:
         """Return the first of what is wanted, of others and of a step home that keeps the tool within the fence; else a stop."""
+        if t < self._until:
+            return self._fence.stop(x, self._last)
         if self._fence.safe(x, self._last, wanted[None])[0]:
+            self._row = 0
             return wanted
-        self.refused += 1
+        self.refused, self._row = self.refused + 1, self._row + 1
+        if self._torque and self._row > _ROW:  # at the edge of what the arm can come back from, where gravity keeps it: go home
+            self._until, self._row = t + AHEAD, 0
         others = self.others(t, _DRAWS)
         near = self._near(np.concatenate([others, self.middle[None]]))
         safe = self._fence.safe(x, self._last, near)

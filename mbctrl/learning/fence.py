@@ -18,9 +18,10 @@ from mbctrl.dynamics.gate import gate_capsules
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 
-_AHEAD = 1.5  # [s] of stopping that is looked at
+AHEAD = 1.5  # [s] of stopping that is looked at
 _STEP = 0.01  # [s] of it, at most
 _SERVO = 0.3  # of 1 / dt: how fast arms that take torques are servoed home
+_ENDS = 0.03  # of a joint's range, at either end, that is not used: an arm may be too weak to come away from a stop
 _SETTLED = 0.25  # of the servo's energy may be left in the end
 _SPEED, _RATE = 0.3, 0.9  # a Panda's torque rates are met where its references move at three tenths of its speed limits
 
@@ -79,10 +80,11 @@ class Fence:
         self._parts = max(1, int(np.ceil(dt / _STEP - 1e-6)))
         self._most = changes(robot, dt)
         limits = robot.limits
-        self._range = (np.asarray(limits.position_lower)[:, None], np.asarray(limits.position_upper)[:, None])
+        low, high = (np.asarray(side)[:, None] for side in (limits.position_lower, limits.position_upper))
+        self._range = low + _ENDS * (high - low), high - _ENDS * (high - low)
         within = 0.5 if self._torque else 1.0  # a reference is compared with the state at a step's end
         self._at = np.ones(self._parts) if stepwise(robot, dt) else (np.arange(self._parts) + within) / self._parts
-        self._steps, self._mass = int(np.ceil(_AHEAD / dt)), self._felt()
+        self._steps, self._mass = int(np.ceil(AHEAD / dt)), self._felt()
         self._gains = (_SERVO / dt) ** 2 * self._mass, 2 * _SERVO / dt * self._mass  # critically damped, for the arm at home
         self._step = faster(physics).with_dt(dt / self._parts)
         self._started = False
