@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 from _common import Say, row
-from _pets import LAST, learned
+from _pets import LAST, driven, learned
 
 CARTPOLE, PENDULUM = "cartpole_pets_sim", "pendulum_online_sim"
+SEVEN = {"panda_reach_pets_sim": "7 joints reach", "panda_push_pets_sim": "7 joints push"}
+SEEDS = (3, 4, 5)  # not those the 7-joint scenarios were tuned on
 PEER_CPU = 0.56  # [s] a plan of mbrl-lib's PETS at 60 samples, 5 networks, 3 iterations, 25 steps: 22,500 network evaluations
 PEER_BUDGET = {"samples": 60, "iterations": 3, "horizon": 1.0, "knots": 25}
 PEER_RETURNS = {200: -3.9, 400: 2.8, 600: 35.9, 800: 75.3}  # its returns after so many steps, at this budget
@@ -43,6 +45,32 @@ def rows(quick: bool, say: Say) -> list[dict[str, Any]]:
         out.append(row(f"pendulum online, {name}: seeds upright through the last {LAST} of 500 steps", held, f"of {seeds}", *bar))
         far = [float(np.median(errors)) for _, errors in part]
         out.append(row(f"pendulum online, {name}: median angle off upright in them, worst seed", max(far), "rad"))
+    return out if quick else out + seven_rows(say)
+
+
+def seven_rows(say: Say) -> list[dict[str, Any]]:
+    """Return what trials of the 7-joint tasks came to, learned from nothing, beside the same plans with the true physics."""
+    out = []
+    jobs = [(name, seed, learns) for name in SEVEN for learns in (True, False) for seed in SEEDS]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        results = []
+        for job, result in zip(jobs, pool.map(driven, jobs)):
+            results.append(result)
+            say(f"{len(results)} of {len(jobs)} runs of 7 joints, last: {job[0]} seed {job[1]}")
+    for number, label in enumerate(SEVEN.values()):
+        learnt, true = (results[3 * k : 3 * k + 3] for k in (2 * number, 2 * number + 1))
+        returns, off = (np.array([part[k] for part in learnt]) for k in (0, 1))  # (seeds, 1 + trials), random first
+        named = [(f"trial {trial}" if trial else "random commands", trial) for trial in range(returns.shape[1])]
+        for what, trial in named:
+            out.append(row(f"{label} (3 seeds): return, {what}, median", float(np.median(returns[:, trial])), "1"))
+            out.append(
+                row(f"{label} (3 seeds): off the target in the end, {what}, median", 1e3 * float(np.median(off[:, trial])), "mm")
+            )
+        for what, group in (("last three trials", learnt), ("the same, true physics", true)):
+            totals, ends = (np.array([part[k][-3:] for part in group]) for k in (0, 1))
+            out.append(row(f"{label} (3 seeds): return, {what}, median", float(np.median(totals)), "1"))
+            out.append(row(f"{label} (3 seeds): off the target in the end, {what}, median", 1e3 * float(np.median(ends)), "mm"))
+            out.append(row(f"{label} (3 seeds): off the target in the end, {what}, worst", 1e3 * float(ends.max()), "mm"))
     return out
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from mbctrl.base.find import find
 from mbctrl.base.robot import Positive, Vector
-from mbctrl.base.scene import BackendGoal, Goal, Obstacle, Point
+from mbctrl.base.scene import BackendGoal, Goal, Obstacle, Point, PoseGoal
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -230,6 +230,15 @@ class RunConfig(Controller):
     def weighs(self) -> bool:
         """Whether what the tool carries is estimated."""
         return self.adapt is not None and self.adapt.kind == "payload"
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """Return a run whose goal is drawn by its seed, where it is to be."""
+    goal = config.goal
+    if not isinstance(goal, PoseGoal) or goal.within is None:
+        return config
+    drawn = goal.model_copy(update={"targets": (goal.within.drawn(config.seed),), "within": None})
+    return config.model_copy(update={"goal": drawn})
 
 
 def load_controller(name: str, *, file: str | Path | None = None, key: str | None = None) -> Controller:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mbctrl.base.poses import rotation_from_rpy
 from mbctrl.base.robot import Positive, Vector
@@ -27,14 +27,43 @@ class Target(Spec):
         return None if self.rpy is None else rotation_from_rpy(np.asarray(self.rpy))
 
 
+class RegionSpec(Spec):
+    """A box in the world, between two corners, from which a target is drawn."""
+
+    low: Point  # [m]
+    high: Point  # [m]
+
+    @model_validator(mode="after")
+    def _order(self) -> RegionSpec:
+        if any(low > high for low, high in zip(self.low, self.high)):
+            raise ValueError(f"low: expected none above high, found {list(self.low)} and {list(self.high)}")
+        return self
+
+    def drawn(self, seed: int) -> Target:
+        """Return a target of any orientation, uniform in the box."""
+        position = np.random.default_rng((seed, 2)).uniform(self.low, self.high)
+        return Target(position=tuple(map(float, position)))
+
+
 class PoseGoal(Spec):
-    """Tool poses to reach one after the other; one counts when held within both tolerances for ``hold`` seconds."""
+    """Tool poses to reach one after the other; one counts when held within both tolerances for ``hold`` seconds.
+
+    In place of ``targets`` there may be a box that a run draws one from, by its seed: ``within``.
+    """
 
     kind: Literal["poses"] = "poses"
-    targets: tuple[Target, ...] = Field(min_length=1)
+    within: RegionSpec | None = None
+    targets: tuple[Target, ...] = Field((), validate_default=True)
     tolerance_position: Positive = 0.005  # [m]
     tolerance_rotation: Positive = 0.0349  # [rad]
     hold: Positive = 0.3  # [s]
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[Target, ...], info: ValidationInfo) -> tuple[Target, ...]:
+        if bool(targets) == (info.data.get("within") is not None):
+            raise ValueError(f"expected some, or else within, found {'both' if targets else 'neither'}")
+        return targets
 
     def sample(self, index: int, t: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return target ``index`` at times ``t`` [s], (T,): positions (T, 3) [m] and rotations (T, 3, 3) or None."""

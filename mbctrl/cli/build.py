@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from mbctrl.base.config import RobotSpec, RunConfig
+from mbctrl.base.config import RobotSpec, RunConfig, settled
 from mbctrl.base.errors import GoalError, SpecError
 from mbctrl.base.parameters import load_parameters
 from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
@@ -40,7 +41,7 @@ def _load(robot: str, parameters: str | None, file: Path, key: str) -> Model:
 
 def build_controller(config: RunConfig, file: Path, model: Model | None = None, warm: bool = False) -> MpcController:
     """Build the run's controller."""
-    controller = MpcController(config, model or load_run_model(config, file), file)
+    controller = MpcController(settled(config), model or load_run_model(config, file), file)
     if warm:
         controller.warm()
     return controller
@@ -71,6 +72,9 @@ def check_goal(config: RunConfig, model: Model, file: Path) -> None:
         )
     if isinstance(goal, PoseGoal):
         points = [(f"goal.targets[{i}].position", np.asarray(target.position)) for i, target in enumerate(goal.targets)]
+        if goal.within is not None:
+            sides = zip(goal.within.low, goal.within.high)
+            points = [("goal.within", np.asarray(corner)) for corner in product(*sides)]
     elif isinstance(goal, ObjectPoseGoal):
         thing_of(config, model, file)
         points = [("goal.position", np.asarray(goal.position))]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mbctrl.base.config import RecordSpec, RunConfig, load_run
+from mbctrl.base.config import RecordSpec, RunConfig, load_run, settled
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.extras import need
 from mbctrl.base.plan import Plan, PlanRequest
@@ -22,13 +22,15 @@ from mbctrl.cli.build import check_goal, load_run_model
 from mbctrl.cli.episodes import rewards
 from mbctrl.cli.run import with_overrides
 from mbctrl.cli.session import Session
-from mbctrl.learning.explore import RandomCommands
+from mbctrl.learning.explore import Excitation, Exploration, RandomCommands
+from mbctrl.learning.fence import Fence
 from mbctrl.learning.fit import fit
 from mbctrl.learning.loops import LearnSpec, load_loop
 from mbctrl.learning.recipe import LearningRecipe, check_frames
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import samples_of, with_gaps
 from mbctrl.learning.transitions import Transitions, concatenate, cut, split, write_transitions
+from mbctrl.planning.backends import analytic_of, faster
 from mbctrl.planning.controller import MpcController
 
 console = Console()
@@ -93,8 +95,7 @@ class Loop:
         check_goal(config, self.model, file)
         check_frames(recipe, self.model.tree, file)
         self._source = source_of(self.model.robot, self.model.tree.revolute, recipe.dt)
-        rng = np.random.default_rng((config.seed, 1))
-        self._random = RandomCommands(self.model.robot, spec.share, spec.hold * recipe.dt, recipe.dt, rng)
+        self._random = self._exploration()
         self.known: list[Transitions] = []
         self.controller: MpcController | None = None
         self._session: Session | None = None
@@ -102,6 +103,18 @@ class Loop:
             self.controller = MpcController(config.model_copy(update={"dynamics": physics}), self.model, file)
         self._trial, self._before, self._due = 0, 0, spec.random or spec.every or 0
         self._training, self._failures, self._reached = 0.0, 0, 0
+
+    def _exploration(self) -> Exploration:
+        """Return what commands at random, within the box where there is one."""
+        spec, dt, arm, rng = self.spec, self.recipe.dt, self.model, np.random.default_rng((self.config.seed, 1))
+        fence = None
+        if spec.box is not None:
+            physics = self.config.dynamics.model_copy(update={"device": "cpu"})
+            analytic = analytic_of(self.config.model_copy(update={"dynamics": physics}), arm, self._file)
+            fence = Fence(arm, analytic, spec.box, self._file, faster)
+        if spec.band is not None:
+            return Excitation(arm.robot, spec.share, spec.band, dt, rng, fence)
+        return RandomCommands(arm.robot, spec.share, spec.hold * dt, dt, rng, fence)
 
     def run(self, done: Callable[[Trial], None] = lambda trial: None) -> list[Trial]:
         """Return all trials, the random one first where there is one; ``done`` is called after each."""
@@ -129,10 +142,11 @@ class Loop:
         self._tell("random commands" if number == 0 else f"trial {number}")
         period = 1 / self.model.robot.control.rate
         length = self.config.duration if number else self.spec.random * self.recipe.dt + period
-        config = self.config.model_copy(update={"seed": self.config.seed + number, "duration": length})
+        config = settled(self.config.model_copy(update={"seed": self.config.seed + number, "duration": length}))
         known = self._count()
         self._trial = number
         if self.controller is not None:
+            self.controller.pursue(config.goal)
             self.controller.reset()
         self._session = Session(config, self._file, lockstep=True, model=self.model, plan=self._plan)
         folder = self.folder / f"trial-{number:02d}"

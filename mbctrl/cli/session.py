@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mbctrl import __version__
-from mbctrl.base.config import RunConfig
+from mbctrl.base.config import RunConfig, settled
 from mbctrl.base.logs import LogWriter, read_log
 from mbctrl.base.parameters import write_parameters
 from mbctrl.base.plan import Plan, PlanRequest
@@ -76,6 +76,7 @@ class Session:
         model: Model | None = None,
         plan: Callable[[PlanRequest], Plan] | None = None,
     ) -> None:
+        config = settled(config)
         self.config, self.file, self.lockstep, self._watch, self._fan = config, file, lockstep, watch, fan
         self.model = model or load_run_model(config, file)
         check_goal(config, self.model, file)

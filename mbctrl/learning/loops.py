@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from mbctrl.base.config import Count, RiskSpec, RunConfig
 from mbctrl.base.errors import SpecError
+from mbctrl.base.robot import Positive
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
+from mbctrl.learning.fence import BoxSpec
 from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 
 _TAKEN = ("robot", "dt", "integrator")  # the scenario says these
@@ -23,10 +25,11 @@ class LearnSpec(Spec):
     each trial, or before those alone by which one more of so many steps (``at``) was made; ``online`` learns anew every so many
     steps (``every``) while a trial goes on.
 
-    ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references), each held
-    for ``hold`` steps; then ``trials`` episodes of the scenario are planned with the learned model and ``risk``. Where there is
-    physics beneath, it plans alone until something was learnt, and random commands may be left out. A trial's return is the sum
-    over its steps of ``best`` less what the task's terms cost [1/s].
+    ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references): drawn anew
+    every ``hold`` steps or, with ``explore: excitation``, sums of sines up to ``band`` [Hz]. The tool stays in ``box`` meanwhile,
+    by the robot's own physics whatever is learnt. Then ``trials`` episodes of the scenario are planned with the learned model and
+    ``risk``. Where there is physics beneath, it plans alone until something was learnt, and random commands may be left out. A
+    trial's return is the sum over its steps of ``best`` less what the task's terms cost [1/s].
 
     ``model`` is a recipe of what is learnt, its name or itself without robot, time step and integrator, which are the
     scenario's; so is the seed of its training, where it names none.
@@ -35,8 +38,11 @@ class LearnSpec(Spec):
     loop: Literal["once", "aggregate", "online"]
     trials: Count = 10
     random: Annotated[int, Field(ge=0, strict=True)] = 200
+    explore: Literal["random", "excitation"] = "random"
     hold: Count = 1
+    band: Positive | None = None
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    box: BoxSpec | None = None
     every: Count | None = None
     at: tuple[Count, ...] | None = None
     best: Number = 0.0
@@ -51,6 +57,10 @@ class LearnSpec(Spec):
             raise ValueError(f"at: is of loop aggregate, found loop {self.loop}")
         if self.at is not None and any(later <= earlier for earlier, later in zip(self.at, self.at[1:])):
             raise ValueError(f"at: expected increasing numbers of steps, found {list(self.at)}")
+        if (self.band is not None) != (self.explore == "excitation"):
+            raise ValueError(
+                f"band: {'is of' if self.band else 'missing; is needed by'} explore excitation, found explore {self.explore}"
+            )
         return self
 
 
@@ -86,6 +96,8 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
         recipe = validate(LearningRecipe, {**spec.model, **given, "training": training}, file, "learn.model")
     if not spec.random and (recipe.base == "identity" or spec.loop == "once"):
         raise SpecError("expected some steps, where there is nothing else to learn from, found 0", file=file, key="learn.random")
+    if spec.box is not None and config.loop.latency > 0:
+        raise SpecError("a box needs plans at once; expected 0 s", file=file, key="loop.latency")
     per_plan = config.loop.rate * config.dynamics.dt
     if abs(per_plan - 1) > 1e-6:
         raise SpecError(

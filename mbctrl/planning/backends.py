@@ -145,6 +145,18 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
     return Backend("kernel", search, engine.array, arm, None if traced is None else weigh)
 
 
+def faster(arm: RigidBodyDynamics) -> Any:
+    """Return the arm with rollouts compiled for this processor, on one thread; itself where that is not possible."""
+    try:
+        from mbctrl.kernels.native import shared_pool
+        from mbctrl.planning.compiled import kernel_dynamics
+        from mbctrl.planning.engines import CpuEngine
+
+        return kernel_dynamics(arm, CpuEngine(shared_pool(1)))
+    except ImportError:
+        return arm
+
+
 def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
     """Return the engine that plans on ``device``; ``here`` is this processor's."""
     from mbctrl.planning.engines import GpuEngine
@@ -158,7 +170,8 @@ def _goals(config: RunConfig) -> set[Goal]:
     """Return which targets the run's goal gives, all its kinds."""
     goal = config.goal
     if isinstance(goal, PoseGoal):
-        return {Goal(position=True, rotation=target.rpy is not None) for target in goal.targets}
+        turned = {target.rpy is not None for target in goal.targets} or {False}
+        return {Goal(position=True, rotation=rotation) for rotation in turned}
     if isinstance(goal, ObjectPoseGoal):
         return {Goal(position=True, rotation=True)}
     if isinstance(goal, MOVING):

@@ -11,7 +11,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal, Target
+from mbctrl.base.scene import MOVING, Goal, JointGoal, ObjectPoseGoal, PoseGoal, Target
 from mbctrl.planning.arrays import Array, host
 from mbctrl.planning.planner import Parameters, Planner, PlannerState, Result
 
@@ -45,9 +45,15 @@ class Mpc:
         self.config, self.robot, self.planner, self.knots = config, robot, planner, planner.knots
         self._array, self._rollout_model, self._paths, self._step = array, rollout, paths, step
         self._steps, self._bounds = self.knots.steps, command_bounds(robot)
-        self._targets = [self._still(target) for target in config.goal.targets] if isinstance(config.goal, PoseGoal) else []
+        self._targets: list[tuple[Array, Array | None]] = []
         self._spread = self.knots.weights(np.arange(self._steps + 1) * config.dynamics.dt)
+        self.pursue(config.goal)
         self.reset()
+
+    def pursue(self, goal: Goal) -> None:
+        """Take up another goal of the kind there was."""
+        self.config = self.config.model_copy(update={"goal": goal})
+        self._targets = [self._still(target) for target in goal.targets] if isinstance(goal, PoseGoal) else []
 
     def reset(self) -> None:
         """Forget every plan; the next one starts from the command then in force."""
