@@ -131,7 +131,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         risk=parts.risk,
         thing=parts.features.thing,
     )
-    for given in _goals(config):
+    for given in goals_of(config):
         search.kernel(given)  # compiled now, not in the middle of the run
     # One rollout alone is the processor's work.
     return Backend("kernel", search, engine.array, kernel_dynamics(analytic, here, traced))
@@ -146,7 +146,7 @@ def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
     return here if device.type == "cpu" else GpuEngine(device)
 
 
-def _goals(config: RunConfig) -> set[Goal]:
+def goals_of(config: RunConfig) -> set[Goal]:
     """Return which targets the run's goal gives, all its kinds."""
     goal = config.goal
     if isinstance(goal, PoseGoal):
@@ -178,6 +178,19 @@ def analytic_of(config: RunConfig, model: Model, file: str | Path | None = None)
     )
 
 
+def named_file(name: str, file: str | Path | None, key: str) -> Path:
+    """Return the path of a file that ``file`` names under ``key``: beside it, or from where the program runs.
+
+    Errors:
+        SpecError: where there is none.
+    """
+    beside = Path(file).parent / name if file is not None else Path(name)
+    path = beside if beside.is_file() else Path(name)
+    if not path.is_file():
+        raise SpecError("no such file", file=file, key=f"{key}: {name}")
+    return path
+
+
 def hybrid_of(
     config: RunConfig, model: Model, analytic: RigidBodyDynamics, file: str | Path | None = None
 ) -> HybridDynamics | None:
@@ -186,13 +199,9 @@ def hybrid_of(
     Errors:
         SpecError: for a file that is none, of another arm, or learnt on top of other physics.
     """
-    name = config.dynamics.residual
-    if name is None:
+    if config.dynamics.residual is None:
         return None
-    beside = Path(file).parent / name if file is not None else Path(name)
-    path = beside if beside.is_file() else Path(name)
-    if not path.is_file():
-        raise SpecError("no such file", file=file, key=f"dynamics.residual: {name}")
+    path = named_file(config.dynamics.residual, file, "dynamics.residual")
     residual = load_residual(path, model.robot, model.tree.revolute, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 

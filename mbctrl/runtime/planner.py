@@ -18,7 +18,7 @@ from mbctrl.planning.planner import Parameters, Planner, PlannerState
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.planning.white import colouring
-from mbctrl.runtime.bundle import GOLDEN, ROLLOUT, WEIGHTS, Bundle
+from mbctrl.runtime.bundle import GOLDEN, POLICY, ROLLOUT, WEIGHTS, Bundle
 
 ENGINES = ("kernel", "onnx")
 COST_TOLERANCE = 1e-4
@@ -51,6 +51,12 @@ def build_planner(
 
         planner = OnnxPlanner(bundle, rule, knots, sigma, provider, threads or 1)
         mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle), step=config.dynamics.dt / 2)
+    if POLICY in bundle.files:
+        need("onnxruntime", "deploy", "a policy")
+        from mbctrl.runtime.onnx_planner import OnnxPolicy
+
+        mpc.policy = OnnxPolicy(bundle)
+        _check_policy(bundle, mpc)
     worst = golden_error(bundle, mpc.planner)
     if not worst <= COST_TOLERANCE:
         raise BundleError(
@@ -58,6 +64,25 @@ def build_planner(
             file=bundle.folder / GOLDEN,
         )
     return mpc
+
+
+def _check_policy(bundle: Bundle, mpc: Mpc) -> None:
+    """Refuse a policy that proposes other plans than it did where it was exported.
+
+    Errors:
+        BundleError: saying by how much.
+    """
+    low, high = command_bounds(bundle.robot)
+    for _, x, parameters, _ in golden_cases(bundle):
+        if parameters.proposal is None:
+            raise BundleError("has a policy, but no plan that it proposed", file=bundle.folder / GOLDEN)
+        worst = float(np.abs((mpc.policy(x, parameters) - parameters.proposal[..., 0]) / (high - low)).max())
+        if not worst <= COST_TOLERANCE:
+            raise BundleError(
+                f"its plans differ by {worst:.1e} of the command's range from the golden vectors', expected at most "
+                f"{COST_TOLERANCE:g}",
+                file=bundle.folder / POLICY,
+            )
 
 
 def _float32(values: Any) -> np.ndarray:
@@ -130,6 +155,7 @@ def golden_cases(bundle: Bundle) -> list[tuple[PlannerState, np.ndarray, Paramet
             r_target=row["r_target"][..., None] if rotation else None,
             q_target=row.get("q_target"),
             obstacles=tuple(at[..., None] for at in row["obstacles"]) if "obstacles" in row else (),
+            proposal=row.get("proposal"),
         )
         expected = {key.removeprefix("out_"): value for key, value in row.items() if key.startswith("out_")}
         cases.append((PlannerState(belief, 0.0, int(row["seed"]), int(row["draw"])), row["x"], parameters, expected))
@@ -161,7 +187,7 @@ def candidate_costs(planner: Planner, state: PlannerState, x: np.ndarray, parame
     if planner.search is None:
         planner.iterate(state, x, parameters)
         return planner.costs.copy()
-    return planner.search(state.belief, planner._fixed(state.belief), state.seed, state.draws, x, parameters)[1]
+    return planner.search(state.belief, planner.fixed(state.belief, parameters), state.seed, state.draws, x, parameters)[1]
 
 
 def iteration_times(bundle: Bundle, mpc: Mpc, count: int) -> list[float]:
