@@ -28,7 +28,7 @@ from mbctrl.runtime.servo import ServoJob
 
 SPAWN = multiprocessing.get_context("spawn")
 SIZES = Sizes(steps=3, nq=2, nu=2, obstacles=1)
-INFO = {"best": 1.0, "mean": 2.0, "ess": 3.0, "nonfinite": 0.0, "cpu": 0.001}
+INFO = {"best": 1.0, "mean": 2.0, "ess": 3.0, "nonfinite": 0.0, "cpu": 0.001, "fallback": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -141,10 +141,10 @@ class Distiller:
         alone = MpcController(self.config, self.model, self._file)
         alone.planner = Habit(alone.planner, policy)
         contenders = {
-            f"planner, {samples}": self._planner(samples, None),
-            f"planner, {few}": self._planner(few, None),
-            f"planner, {few}, and policy": self._planner(few, policy),
-            "policy alone": alone,
+            f"planner {samples}": self._planner(samples, None),
+            f"planner {few}": self._planner(few, None),
+            f"planner {few}, policy": self._planner(few, policy),
+            "policy": alone,
         }
         found: dict[str, list[Judged]] = {}
         for name, controller in contenders.items():
@@ -209,13 +209,13 @@ def distil(scenario: str, overrides: list[str], trials: int, fewer: int, episode
 
 def _screen(found: dict[str, list[Judged]], config: RunConfig, name: str) -> None:
     episodes = len(next(iter(found.values())))
-    title = f"{name}: medians (worst) of {episodes} other episodes"
+    title = f"{name}: {episodes} other episodes, medians (worst)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     moving, unit, scale = isinstance(config.goal, MOVING), "mm", 1e3
     if isinstance(config.goal, JointGoal):
         unit, scale = "rad", 1.0
     for heading in ("", "return", "reached", "after \\[s]", f"error \\[{unit}]", "CPU \\[ms]"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for who, judged in found.items():
         summaries = [one.summary for one in judged]
         targets = summaries[0].targets
@@ -226,11 +226,12 @@ def _screen(found: dict[str, list[Judged]], config: RunConfig, name: str) -> Non
             _told([-one.reward for one in judged], ".1f", -1),
             f"{sum(len(one.reached) for one in summaries)} of {episodes * targets}" if targets else "",
             _told(last, ".2f") if targets else "",
-            _told(errors, ".3g") if np.isfinite(errors).all() else "",
+            _told(errors, ".2g") if np.isfinite(errors).all() else "",
             f"{1e3 * np.median([one.cpu for one in summaries]):.2f}",
         )
     console.print(table)
 
 
 def _told(values: Any, form: str, sign: int = 1) -> str:
-    return f"{sign * np.median(values):{form}} ({sign * np.max(values):{form}})"
+    worst = f" ({sign * np.max(values):{form}})" if len(values) > 1 else ""
+    return f"{sign * np.median(values):{form}}{worst}"

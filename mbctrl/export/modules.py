@@ -68,22 +68,22 @@ class Propose(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, given: dict[str, Tensor]) -> Tensor:
-        """Return knots (K, nu) for ``x`` (nx,) and the goal's inputs."""
+    def forward(self, given: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return knots (K, nu) for the goal's inputs and ``x`` (nx,)."""
         p, r = given.get("p_target"), given.get("r_target")
         if r is not None:  # a target without an orientation: the tool's own
-            x, sees = given["x"], self.policy.sees
+            sees = self.policy.sees
             n = len(sees.revolute)
             own = sees.chain.pose(x[:n] - torch.tensor(sees.reference, dtype=x.dtype))[0]
             r = torch.where(given["rotation"] > 0.5, r, own[:, :, None])
         parameters = Parameters(
-            u_before=given["x"][:0],
+            u_before=x[:0],
             p_target=None if p is None else p[:, :, None],
             r_target=None if r is None else r[..., None],
             q_target=given.get("q_target"),
             obstacles=tuple(given["obstacles"][k][:, :, None] for k in range(self.policy.sees.asked.obstacles)),
         )
-        return self.policy(given["x"], parameters)
+        return self.policy(x, parameters)
 
 
 class Step(nn.Module):

@@ -218,10 +218,11 @@ class PlannerGraphs:
     def _policy(self) -> onnx.ModelProto:
         """Return the policy: knots (K, nu) for a state (nx,) and what is asked, encoded and bounded inside."""
         s, asked = self.shapes, self.controller.policy.sees.asked
-        wanted = {"x": True, "p_target": asked.position, "r_target": asked.rotation, "rotation": asked.rotation}
+        wanted = {"p_target": asked.position, "r_target": asked.rotation, "rotation": asked.rotation}
         wanted |= {"q_target": asked.joints, "obstacles": asked.obstacles > 0}
-        given = {name: shape for name, shape in {"x": (s.states,), **self.given()}.items() if wanted.get(name)}
-        example = ({name: torch.rand(*shape) for name, shape in given.items()},)
+        given = {name: shape for name, shape in self.given().items() if wanted.get(name)}
+        example = {name: torch.rand(*shape) for name, shape in given.items()}, torch.rand(s.states)
+        given["x"] = (s.states,)
         part = exported(Propose(self.controller.policy), example, list(given), ["proposed"])
         a = Assembly()
         knots = a.add(part, "policy", "policy", {name: name for name in given})[0]
