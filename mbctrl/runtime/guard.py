@@ -120,20 +120,26 @@ class Guard(Guarding):
             self._plan_faults += 1
             return False
         self._plan_faults = 0
+        postures = self._postures(plan)
         if not np.isfinite(plan.info.get("best", 0.0)):
             self.counts["diverged plan"] += 1
             self._diverged += 1
-            if not (plan.info.get("fallback") and self._impedance and self.robot.nu == self.robot.nq):
+            if not plan.info.get("fallback") or postures is None:
                 return False
         else:
             self._diverged = 0
-        postures = plan.u[:, np.argsort(self._pick)] if plan.info.get("fallback") else None if plan.x is None else plan.x
         if self.watch is not None and postures is not None:
-            rows = postures[:, : self.robot.nq][:: max(1, len(postures) // 16)]
+            rows = postures[:: max(1, len(postures) // 16)]
             if self.watch.clearance(rows[-32:]) < self.settings.plan_clearance:
                 self.counts["plan too near"] += 1
                 return False
         return True
+
+    def _postures(self, plan: Plan) -> np.ndarray | None:
+        """Return the postures (T, nq) a plan leads through: as it expects, else its references; None: torques say none."""
+        if plan.x is not None:
+            return plan.x[:, : self.robot.nq]
+        return plan.u[:, np.argsort(self._pick)] if self._impedance and self.robot.nu == self.robot.nq else None
 
     def refusals(self, joints: tuple[str, ...] | None = None) -> list[str]:
         """Return why the arm may not be armed now, one text each."""

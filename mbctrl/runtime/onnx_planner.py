@@ -105,8 +105,7 @@ class OnnxPlanner(Planner):
         given |= task_inputs(self._session.shapes, parameters)
         if self._kept:
             given["kept"] = belief.kept
-        if parameters.proposal is not None:
-            given["proposal"] = parameters.proposal
+        given["proposal"] = belief.mean[..., None] if parameters.proposal is None else parameters.proposal
         out = self._session({key: value for key, value in given.items() if key in self._session.shapes})
         best, mean, ess, share = (float(value) for value in out["figures"])
         finite = round(share * self.samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
@@ -20,6 +21,7 @@ from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.planning.white import colouring
 from mbctrl.runtime.bundle import GOLDEN, POLICY, ROLLOUT, WEIGHTS, Bundle
 
+logger = logging.getLogger(__name__)
 ENGINES = ("kernel", "onnx")
 COST_TOLERANCE = 1e-4
 """Largest relative difference of a golden vector's costs from the exporting machine's."""
@@ -51,12 +53,7 @@ def build_planner(
 
         planner = OnnxPlanner(bundle, rule, knots, sigma, provider, threads or 1)
         mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle), step=config.dynamics.dt / 2)
-    if POLICY in bundle.files:
-        need("onnxruntime", "deploy", "a policy")
-        from mbctrl.runtime.onnx_planner import OnnxPolicy
-
-        mpc.policy = OnnxPolicy(bundle)
-        _check_policy(bundle, mpc)
+    mpc.policy = _policy(bundle, config)
     worst = golden_error(bundle, mpc.planner)
     if not worst <= COST_TOLERANCE:
         raise BundleError(
@@ -66,23 +63,32 @@ def build_planner(
     return mpc
 
 
-def _check_policy(bundle: Bundle, mpc: Mpc) -> None:
-    """Refuse a policy that proposes other plans than it did where it was exported.
+def _policy(bundle: Bundle, config: RunConfig) -> Any:
+    """Return the bundle's policy, None where it has none or the run's goal is of another kind.
 
     Errors:
-        BundleError: saying by how much.
+        BundleError: where it proposes other plans than it did where it was exported.
     """
-    low, high = command_bounds(bundle.robot)
+    if POLICY not in bundle.files:
+        return None
+    known, kind = bundle.config.goal.kind, config.goal.kind
+    if kind != known:
+        logger.warning("%s: the policy knows goal.kind: %s, found %s; planning without it", bundle.folder, known, kind)
+        return None
+    need("onnxruntime", "deploy", "a policy")
+    from mbctrl.runtime.onnx_planner import OnnxPolicy
+
+    policy, (low, high) = OnnxPolicy(bundle), command_bounds(bundle.robot)
     for _, x, parameters, _ in golden_cases(bundle):
         if parameters.proposal is None:
-            raise BundleError("has a policy, but no plan that it proposed", file=bundle.folder / GOLDEN)
-        worst = float(np.abs((mpc.policy(x, parameters) - parameters.proposal[..., 0]) / (high - low)).max())
-        if not worst <= COST_TOLERANCE:
+            raise BundleError("holds no plan of the policy's", file=bundle.folder / GOLDEN)
+        off = float(np.abs((policy(x, parameters) - parameters.proposal[..., 0]) / (high - low)).max())
+        if not off <= COST_TOLERANCE:
             raise BundleError(
-                f"its plans differ by {worst:.1e} of the command's range from the golden vectors', expected at most "
-                f"{COST_TOLERANCE:g}",
+                f"its plans differ by {off:.1e} of the command's range from the golden vectors', expected at most {COST_TOLERANCE:g}",
                 file=bundle.folder / POLICY,
             )
+    return policy
 
 
 def _float32(values: Any) -> np.ndarray:
