@@ -223,7 +223,7 @@ def _screen(found: dict[str, list[Judged]], config: RunConfig, name: str) -> Non
         errors = scale * np.array([one.tracking_rms if moving else one.position_error for one in summaries])
         table.add_row(
             who,
-            _told([-one.reward for one in judged], ".1f", -1),
+            _told([-one.reward for one in judged], ".1f", -1) if targets <= 1 else "",  # who is quick meets the next target's costs
             f"{sum(len(one.reached) for one in summaries)} of {episodes * targets}" if targets else "",
             _told(last, ".2f") if targets else "",
             _told(errors, ".2g") if np.isfinite(errors).all() else "",

@@ -85,7 +85,7 @@ def _policy(bundle: Bundle, config: RunConfig) -> Any:
         off = float(np.abs((policy(x, parameters) - parameters.proposal[..., 0]) / (high - low)).max())
         if not off <= COST_TOLERANCE:
             raise BundleError(
-                f"its plans differ by {off:.1e} of the command's range from the golden vectors', expected at most {COST_TOLERANCE:g}",
+                f"its plans are {off:.1e} of the range from the golden vectors', expected at most {COST_TOLERANCE:g}",
                 file=bundle.folder / POLICY,
             )
     return policy
