@@ -19,6 +19,7 @@ from mbctrl.base.config import RunConfig, load_run, merged
 from mbctrl.base.errors import BundleError, SpecError
 from mbctrl.base.plan import PlanRequest
 from mbctrl.base.spec import validate
+from mbctrl.cli.distil import Teacher
 from mbctrl.cli.main import main
 from mbctrl.dynamics.load import Model, load_model
 from mbctrl.export.bundle import export_bundle, random_case
@@ -346,6 +347,23 @@ def test_another_policy_in_a_bundle_is_refused(bundle: Path) -> None:
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_policy_acts_and_the_planner_says_what_it_would_have_done() -> None:
+    controller, apart = (controller_of("panda_reach_sim", planner={"samples": 32}) for _ in range(2))
+    teacher = controller.planner = Teacher(controller.planner, controller.place)
+    x, request = asked(controller, np.random.default_rng(7))
+    wanted = apart.plan(request)
+    np.testing.assert_allclose(controller.plan(request).u, wanted.u)  # nobody else acts yet
+    controller.reset()
+    teacher.policy = some_policy(controller)
+    acted = controller.plan(request)
+    parameters = on_host(controller.parameters(request, np.zeros(7)))
+    low, high = controller._bounds
+    np.testing.assert_allclose(acted.u, (controller._spread @ teacher.policy(x, parameters)).clip(low, high), atol=1e-6)
+    assert len(teacher.labels) == 2
+    for label in teacher.labels:  # told from where the joints are
+        np.testing.assert_allclose((controller._spread @ (label.reshape(3, 7) + x[:7])).clip(low, high), wanted.u, atol=1e-6)
+
+
 def test_distil_makes_a_policy_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,7 +376,7 @@ def test_distil_makes_a_policy_that_runs(
     assert "142 plans of 2 episodes" in said and re.search(r"planner 25, policy +-\d", said) and "policy  " in said
     out = ["--lockstep", "--record.no-video", "--record.no-plots", "--out", "run"]
     assert main(["run", "pendulum_online_sim", *few, *out, "--planner.policy", "policy.npz"]) == 0
-    assert main(["run", "arm2_swingup_sim", *few, *out, "--planner.policy", "policy.npz"]) == 2
+    assert main(["run", "arm2_swingup_sim", *few, "--out", "other", "--planner.policy", "policy.npz"]) == 2
     assert "robot: expected arm2, found pendulum" in " ".join(capsys.readouterr().err.split())
 
 

@@ -35,6 +35,7 @@ from mbctrl.report.summary import Summary
 
 console = Console()
 Tell = Callable[[str], None]
+_TURN = 10  # plans that planner or policy have their turn for
 _JUDGED = 1000  # seeds from here on are of episodes that nothing was learnt from
 
 
@@ -46,9 +47,11 @@ class Teacher(Planner):
         place: where a policy is to be used.
     """
 
-    def __init__(self, planner: Planner, place: Place) -> None:
+    def __init__(self, planner: Planner, place: Place, seed: int = 0) -> None:
         self._planner, self._place, self.knots = planner, place, planner.knots
         self.policy: Policy | None = None
+        self.share = 1.0
+        self._rng, self._left, self._policys = np.random.default_rng(seed), 0, False
         self.inputs: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
 
@@ -65,9 +68,16 @@ class Teacher(Planner):
             own = knots if self._place.follows is None else knots - x[list(self._place.follows)]
             self.inputs.append(self._place.sees(x, asked))
             self.labels.append(own.ravel())
-        if self.policy is not None:
+        if self.policy is not None and self._turn():
             result = replace(result, knots=self.policy(x, asked), states=None)
         return state, result
+
+    def _turn(self) -> bool:
+        """Return whether it is the policy's turn."""
+        if self._left == 0:
+            self._left, self._policys = _TURN, self._rng.random() < self.share
+        self._left -= 1
+        return self._policys
 
 
 class Habit(Planner):
@@ -118,7 +128,7 @@ class Distiller:
         learn = load_yaml(file).get("learn", {})
         self._best = float(learn.get("best", 0.0))  # returns are those of mbctrl learn
         self._controller = MpcController(self.config, self.model, file)
-        self.teacher = self._controller.planner = Teacher(self._controller.planner, self._controller.place)
+        self.teacher = self._controller.planner = Teacher(self._controller.planner, self._controller.place, self.config.seed)
 
     def distil(self, trials: int) -> tuple[Policy, list[tuple[float, float]]]:
         """Return the policy learnt from ``trials`` episodes, the first the planner's own, and of each its return and what the
@@ -126,6 +136,7 @@ class Distiller:
         history = []
         for trial in range(trials):
             self._tell(f"trial {trial + 1}: {'the policy' if trial else 'the planner'} acts")
+            self.teacher.share = trial / (trials - 1) if trials > 1 else 1.0
             reward = self._episode(self._controller, self.config.seed + trial).reward
             rows = np.stack(self.teacher.inputs), np.stack(self.teacher.labels)
             said = f"learning from {len(rows[0])} plans"

@@ -26,6 +26,7 @@ from mbctrl.planning.planner import Parameters
 
 FORMAT = 1
 """Version of the file's layout."""
+NEAR = 0.01
 _ARRAYS = ("input_mean", "input_scale", "output_mean", "output_scale", "low", "high")
 _KNOTS = ("count", "steps", "dt", "interpolation", "at")
 
@@ -78,16 +79,19 @@ class Sees:
             turn, at = self.chain.pose(angle)
         if asked.position:
             p = parameters.p_target
-            parts += [at * 0, at * 0] if p is None else [p[:, 0, 0] - at, p[:, -1, 0] - at]
+            parts += [at * 0, at * 0] if p is None else [self._far(p[:, 0, 0] - at, NEAR), self._far(p[:, -1, 0] - at, NEAR)]
         if asked.rotation:
             r = parameters.r_target
-            off = (turn.T @ (turn if r is None else r[:, :, -1, 0]))[:, :2]
-            parts.append(off.reshape(6))
+            off = turn.T @ (turn if r is None else r[:, :, -1, 0]) - like(np.eye(3), x)
+            parts.append(self._far(off[:, :2].reshape(6), 0.05))
         if asked.joints:
             parts.append(self._joints(parameters.q_target - x[:n]))
         for obstacle in parameters.obstacles:
             parts += [obstacle[:, 0, 0] - at, obstacle[:, -1, 0] - at]
         return namespace(x).concatenate(parts)
+
+    def _far(self, e, near):
+        return namespace(e).arcsinh(e * (1 / near))
 
     def _joints(self, angle: Array) -> Array:
         module, n = namespace(angle), len(self.revolute)
