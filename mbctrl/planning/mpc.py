@@ -31,8 +31,8 @@ class Mpc:
             run that adapts it takes the payload (10,), too.
         paths: the tool's positions (3, T, N) [m] at states (T, nx, N); None: plans carry no fan.
         step: the longest step of the prediction from a measurement to a plan's start [s].
-        policy: knots (K, nu) for a state (nx,) and what is asked, in numpy: a candidate of every plan, and followed where none of
-            them can be told from the others, all costs being no numbers; None: there is none.
+        policy: knots (K, nu) for a state (nx,) and what is asked, in numpy: a candidate of every plan, and what is followed where
+            no candidate's cost is a number; None: there is none.
     """
 
     def __init__(
