@@ -33,16 +33,10 @@ class Trained:
     missed: float
 
 
-def imitate(
-    inputs: np.ndarray,
-    knots: np.ndarray,
-    seed: int,
-    hidden: tuple[int, ...] = HIDDEN,
-    tell: Callable[[int], None] = lambda epoch: None,
-) -> Trained:
+def imitate(inputs: np.ndarray, knots: np.ndarray, seed: int, tell: Callable[[int], None] = lambda epoch: None) -> Trained:
     """Train a network to give ``knots`` (T, K nu) from ``inputs`` (T, inputs), rows in the order they were planned in.
 
-    Squared errors in units of each knot's deviation, AdamW whose rate falls to nothing, the weights of the best epoch.
+    AdamW whose rate falls to nothing over the epochs; the weights of the one that does best on what is held out.
 
     Errors:
         LearningError: for too few plans, and for those that are no numbers.
@@ -51,12 +45,12 @@ def imitate(
         raise LearningError(f"expected at least {_LEAST} plans to imitate, found {len(inputs)}")
     if not (np.isfinite(inputs).all() and np.isfinite(knots).all()):
         raise LearningError("plans to imitate hold numbers that are not finite")
-    held = np.arange(len(inputs)) // _STRETCH % _HELD == _HELD - 2 if len(inputs) >= _HELD * _STRETCH else _every(len(inputs))
+    held = np.arange(len(inputs)) // min(_STRETCH, len(inputs) // _HELD) % _HELD == _HELD - 2
     (mean, scale), (middle, width) = _normal(inputs[~held]), _normal(knots[~held])
     rows = [torch.from_numpy(values).float() for values in ((inputs - mean) / scale, (knots - middle) / width)]
     index = [torch.from_numpy(np.flatnonzero(mask)) for mask in (~held, held)]
     generator = torch.Generator().manual_seed(seed)
-    net = Ensemble(inputs.shape[1], hidden, knots.shape[1], 1, ACTIVATION, False, generator)
+    net = Ensemble(inputs.shape[1], HIDDEN, knots.shape[1], 1, ACTIVATION, False, generator)
     best = _fitted(net, *([values[part] for values in rows] for part in index), generator, tell)
     layers = [(w[0].astype(float), b[0].astype(float)) for w, b in net.layers(best)]
     judged = rows[1][index[1]]
@@ -68,10 +62,6 @@ def imitate(
     versions = {"mbctrl": __version__, "torch": version("torch"), "numpy": version("numpy")}
     scales = {"input_mean": mean, "input_scale": scale, "output_mean": middle, "output_scale": width}
     return Trained({"layers": tuple(layers), "activation": ACTIVATION, **scales, "seed": seed, "versions": versions}, missed)
-
-
-def _every(count: int) -> np.ndarray:
-    return np.arange(count) % _HELD == _HELD - 2
 
 
 def _normal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
