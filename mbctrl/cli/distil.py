@@ -140,8 +140,8 @@ class Distiller:
         policy learnt after it misses of held-out plans."""
         history = []
         for trial in range(trials):
-            self._tell(f"trial {trial + 1}: {'the policy' if trial else 'the planner'} acts")
-            self.teacher.share = trial / (trials - 1) if trials > 1 else 1.0
+            self._tell(f"trial {trial + 1}")
+            self.teacher.share = trial / max(1, trials - 1)  # nothing is learnt yet in the first
             reward = self._episode(self._controller, self.config.seed + trial).reward
             rows = np.stack(self.teacher.inputs), np.stack(self.teacher.labels)
             said = f"learning from {len(rows[0])} plans"
