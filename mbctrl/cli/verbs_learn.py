@@ -57,7 +57,8 @@ class Distil:
     """Distil a scenario's planner into a policy: a small network that proposes plans to it, and stands in for it.
 
     The planner acts in the first trial, then the policy more and more of the time, while the planner says what it would have done;
-    after each trial the policy is learnt anew from all of that (DAgger). Then planner and policy are judged, alone and together, in other episodes.
+    after each trial the policy is learnt anew from all of that (DAgger). Then planner and policy are judged, alone and together,
+    in other episodes.
     Any setting of the scenario can be given after its name.
 
     For example:
