@@ -113,7 +113,7 @@ def test_the_exported_planner_is_the_torch_planner(name: str, engine: str, base:
         state, x, parameters, _ = case.random(rng, k)
         theirs = case.controller.planner
         with torch.inference_mode():
-            _, costs = theirs.search(state.belief, theirs._fixed(state.belief), state.seed, state.draws, x, parameters)
+            _, costs = theirs.search(state.belief, theirs.fixed(state.belief, parameters), state.seed, state.draws, x, parameters)
             after, result = theirs.iterate(state, x, parameters)
         given = numpys(state), x.numpy(), numpys(parameters)
         found, want = candidate_costs(ours, *given), costs.numpy()

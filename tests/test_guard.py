@@ -363,6 +363,23 @@ def test_diverged_plans_are_a_hold() -> None:
     assert bench.guard.ladder.mode is Mode.RUN
 
 
+def test_a_policys_plan_bridges_diverged_ones_where_its_postures_are_clear() -> None:
+    bench = Bench(watch=True).armed()
+    bench.swing(0.1)
+    fallback = made(x=None, info={"best": np.inf, "fallback": 1.0})
+    assert bench.guard.accepts(fallback)
+    bench.watch.plan = 0.004
+    assert not bench.guard.accepts(fallback) and bench.guard.counts["plan too near"] == 1
+    bench.watch.plan = 1.0
+    bench.step(bench.q)
+    assert bench.guard.ladder.mode is Mode.RUN
+    assert bench.guard.accepts(fallback)  # the third in a row
+    bench.step(bench.q)
+    assert bench.changes[-1] == (Mode.HOLD, 3) and bench.guard.counts["diverged plan"] == 3
+    torques = Bench("arm2").armed()  # say no postures
+    assert not torques.guard.accepts(Plan(1, 0.0, 0.0, 0.04, np.zeros((5, 2)), None, {"best": np.inf, "fallback": 1.0}))
+
+
 def test_a_plan_into_something_is_not_followed() -> None:
     bench = Bench(watch=True).armed()
     bench.watch.plan = 0.004

@@ -28,7 +28,7 @@ from mbctrl.runtime.servo import ServoJob
 
 SPAWN = multiprocessing.get_context("spawn")
 SIZES = Sizes(steps=3, nq=2, nu=2, obstacles=1)
-INFO = {"best": 1.0, "mean": 2.0, "ess": 3.0, "nonfinite": 0.0, "cpu": 0.001}
+INFO = {"best": 1.0, "mean": 2.0, "ess": 3.0, "nonfinite": 0.0, "cpu": 0.001, "fallback": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,15 @@ def test_a_plan_travels_to_the_bit(tmp_path: Path) -> None:
     assert got.info == INFO
     for key in ("u", "x", "fan"):
         assert np.array_equal(getattr(got, key), getattr(sent, key)), key
+
+
+def test_a_policys_plan_travels_without_states(tmp_path: Path) -> None:
+    boxes, port = Boxes(tmp_path, SIZES), MailboxPort(tmp_path, SIZES)
+    port.submit(asked())
+    sent = replace(plan(), x=None, fan=None, info={**INFO, "best": np.inf, "fallback": 1.0})
+    boxes.plans.write(_record(sent, boxes.requests.number, 1, SIZES.plan))
+    got = port.poll(0.0)
+    assert got.x is None and got.info["fallback"] == 1 and np.isinf(got.info["best"]) and np.array_equal(got.u, sent.u)
 
 
 TURN = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])

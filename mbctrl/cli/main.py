@@ -15,19 +15,17 @@ from mbctrl.cli.verbs import (
     Calibrate,
     Deploy,
     Doctor,
-    Evaluate,
     Excite,
     Export,
-    Learn,
     List,
     Payload,
     Replay,
     Run,
     Show,
     Sim,
-    Train,
     Verb,
 )
+from mbctrl.cli.verbs_learn import Distil, Evaluate, Learn, Train
 
 _console = Console(stderr=True)
 
@@ -61,7 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
         return show_options(arguments[1])
     about = "Model-based control of robot arms: run a sampling MPC, calibrate it, deploy it."
     verb, rest = tyro.cli(Verb, prog="mbctrl", description=about, args=arguments or ["--help"], return_unknown_args=True)
-    if rest and not isinstance(verb, (Run, Export, Learn)):
+    if rest and not isinstance(verb, (Run, Export, Learn, Distil)):
         raise SpecError(f"unknown arguments: {' '.join(rest)}", file="command line")
     if isinstance(verb, Run):
         from mbctrl.cli.run import run
@@ -79,6 +77,10 @@ def _dispatch(arguments: list[str]) -> int:
         from mbctrl.cli.loops import learn
 
         return learn(verb.scenario, rest, verb.out)
+    if isinstance(verb, Distil):
+        from mbctrl.cli.distil import distil
+
+        return distil(verb.scenario, rest, verb.trials, verb.fewer, verb.episodes, verb.out)
     if isinstance(verb, Evaluate):
         from mbctrl.cli.learn import evaluate
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
+from mbctrl.cli.verbs_learn import Distil, Evaluate, Learn, Train
+
 
 @dataclass(frozen=True)
 class Run:
@@ -140,74 +142,6 @@ class Calibrate:
     """Logs to judge the fit on, which it does not see."""
     out: Path = Path("calibration")
     """Folder for ROBOT_fitted.yaml, ROBOT_fitted.xml and ROBOT_report.html."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Learn from logs what the analytic model misses near contact, or a whole model; write a model file.
-
-    The recipe says of which robot, on top of what, near which surfaces and by which networks; see
-    calibration/panda_full_learn.yaml. Whole episodes are held out: networks stop by some, and are judged by others.
-
-    For example:
-
-        mbctrl run panda_track_sim --lockstep --out runs/one
-        mbctrl train panda_full_learn runs/one/log.csv -o full.npz
-        mbctrl train my_wipe_learn.yaml monday.parquet tuesday.parquet -o wipe.npz
-        mbctrl run panda_track_sim --dynamics.residual wipe.npz
-    """
-
-    recipe: Positional[str]
-    """A recipe by name (mbctrl list) or path."""
-    logs: Positional[tuple[str, ...]]
-    """Logs of mbctrl run (log.csv), or transitions (.parquet)."""
-    out: Annotated[Path, arg(aliases=["-o"])] = Path("model.npz")
-    """The model file; one that is there stays until the new one is whole."""
-
-
-@dataclass(frozen=True)
-class Learn:
-    """Learn a scenario's model while planning with it: random commands, then trials, each with what was learnt before.
-
-    The scenario's own ``learn:`` says how: once, from everything before each trial, or every so many steps of a trial. Any other
-    setting of the scenario can be given after its name. Leaves model.npz, transitions.parquet, learning.png and the trials' logs.
-
-    For example:
-
-        mbctrl learn cartpole_pets_sim
-        mbctrl learn cartpole_pets_sim --seed 3 --planner.samples 200 --out runs/mine
-        mbctrl run cartpole_pets_sim --lockstep --dynamics.residual runs/mine/model.npz
-    """
-
-    scenario: Positional[str]
-    """A scenario by name (mbctrl list) or path."""
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """Folder to make; by default runs/learn-SCENARIO-DATE-TIME."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Judge a learned model on logs it has not seen, beside the analytic one: errors many steps ahead, intervals, the gate.
-
-    For example:
-
-        mbctrl evaluate full.npz runs/two/log.csv -o judged
-        mbctrl evaluate wipe.npz friday.parquet --beside full.npz
-        mbctrl evaluate wipe.npz friday.parquet --parameters panda_fitted
-    """
-
-    model: Positional[Path]
-    """A model file, of mbctrl train."""
-    logs: Positional[tuple[str, ...]]
-    """Logs of mbctrl run (log.csv), or transitions (.parquet)."""
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """Folder for report.html; by default runs/evaluate-MODEL-DATE-TIME."""
-    beside: Annotated[tuple[Path, ...], UseAppendAction] = ()
-    """Another model file to compare with; again for more."""
-    robot: str | None = None
-    """The robot by path, where it is not found by the name in the model file."""
-    parameters: str | None = None
-    """Calibrated parameters the model was learnt on top of, by name or path."""
 
 
 @dataclass(frozen=True)
@@ -384,6 +318,7 @@ Verb = (
     | Annotated[Calibrate, subcommand("calibrate", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Learn, subcommand("learn", prefix_name=False)]
+    | Annotated[Distil, subcommand("distil", prefix_name=False)]
     | Annotated[Evaluate, subcommand("evaluate", prefix_name=False)]
     | Annotated[Payload, subcommand("payload", prefix_name=False)]
     | Annotated[Export, subcommand("export", prefix_name=False)]

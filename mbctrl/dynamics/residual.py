@@ -209,7 +209,7 @@ class Residual:
 
 def peek(path: str | Path) -> tuple[str, float]:
     """Return whose a learned model is and its time step [s]; SpecError for a file that is none."""
-    about, arrays = _read(path)
+    about, arrays = read_arrays(path)
     if not isinstance(about.get("robot"), str) or "dt" not in arrays or arrays["dt"].shape:
         raise SpecError("is no learned model", file=path)
     return about["robot"], float(arrays["dt"])
@@ -237,7 +237,7 @@ def load_residual(
         SpecError: for a file that is none, of another format, of another arm, learnt on top of other physics, or whose numbers
             are none.
     """
-    about, arrays = _read(path)
+    about, arrays = read_arrays(path)
     if about.get("format") != FORMAT:
         raise SpecError(f"expected format {FORMAT}, found {about.get('format')}", file=path, key="format")
     if about.get("robot") != robot.name:
@@ -288,15 +288,20 @@ def _check_physics(learnt: Mapping[str, np.ndarray], tree: RigidTree, path: str 
             raise SpecError(told, file=path, key="physics")
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_arrays(path: str | Path, what: str = "learned model") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a file of numbers says of itself, and its arrays by name; ``what`` it should be.
+
+    Errors:
+        SpecError: for a file that is none, and for numbers that are none.
+    """
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
             about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        raise SpecError(f"is no learned model: {error}", file=path) from None
+        raise SpecError(f"is no {what}: {error}", file=path) from None
     if not isinstance(about, dict):
-        raise SpecError("is no learned model", file=path)
+        raise SpecError(f"is no {what}", file=path)
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise SpecError(f"expected numbers, found {array.dtype}", file=path, key=name)

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mbctrl.kernels.trace import Goal, trace_dynamics, trace_objective
 from mbctrl.kernels.watch import trace_watch
 from mbctrl.planning.compiled import drive_of, term_factors, traced_residual
 from mbctrl.planning.controller import MpcController
+from mbctrl.planning.mpc import on_host
 from mbctrl.planning.planner import Parameters, PlannerState
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.runtime.bundle import FORMAT, GOLDEN, MANIFEST, ROBOT, ROLLOUT, SEAL, WEIGHTS, digest, fingerprint
@@ -46,6 +47,7 @@ UNITS = {
     "q_target": "[rad]",
     "weights": "[s] what each term's cost rate counts in each step",
     "dt": "[s]",
+    "proposal, knots": "[rad] impedance references, [N·m] torques",
     "costs": "[1]",
     "figures": ", ".join(FIGURES),
 }
@@ -168,9 +170,9 @@ def _manifest(controller: MpcController, nodes: dict[str, int], graphs: PlannerG
     # The folder's own description of the robot counts, wherever the exporting machine had it.
     plain = config.model_copy(update={"robot": RobotSpec(name=controller.robot.name)})
     backend = plain.backend.model_copy(update={"parameters": None})
-    spec = plain.model_copy(
-        update={"backend": backend, "dynamics": plain.dynamics.model_copy(update={"backend": "auto", "residual": None})}
-    )
+    dynamics = plain.dynamics.model_copy(update={"backend": "auto", "residual": None})
+    rules = plain.planner.model_copy(update={"policy": None})
+    spec = plain.model_copy(update={"backend": backend, "planner": rules, "dynamics": dynamics})
     return {
         "format": FORMAT,
         "versions": {
@@ -200,7 +202,7 @@ def _golden(controller: MpcController, graphs: PlannerGraphs) -> bytes:
         state, x, parameters, given = random_case(controller, graphs, rng, k)
         planner = controller.planner
         with torch.inference_mode():
-            _, costs = planner.search(state.belief, planner._fixed(state.belief), state.seed, state.draws, x, parameters)
+            _, costs = planner.search(state.belief, planner.fixed(state.belief, parameters), state.seed, state.draws, x, parameters)
             after, _ = planner.iterate(state, x, parameters)
         row = given | {"out_costs": costs, "out_mean": after.belief.mean, "out_spread": after.belief.spread}
         for name, value in row.items():
@@ -244,4 +246,7 @@ def random_case(
         q_target=tensors.get("q_target"),
         obstacles=tuple(at[..., None] for at in tensors.get("obstacles", ())),
     )
+    if controller.policy is not None:
+        given["proposal"] = controller.policy(given["x"], on_host(parameters)).astype(np.float32)[..., None]
+        parameters = replace(parameters, proposal=torch.from_numpy(given["proposal"].copy()))
     return PlannerState(belief, 0.0, k, 7 * k), tensors["x"], parameters, given

@@ -14,13 +14,14 @@ from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.export.rules import BIG, update
 from mbctrl.planning.objective import FeatureMap
 from mbctrl.planning.planner import Parameters, Planner
+from mbctrl.planning.policy import Policy
 from mbctrl.planning.rules.base import Rule
 from mbctrl.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """K knots, nu commands, N samples, H steps, nx states, F candidates kept from the last draw."""
+    """K knots, nu commands, N samples, H steps, nx states, candidates kept from the last draw and, 0 or 1, proposed by a policy."""
 
     knots: int
     commands: int
@@ -28,6 +29,7 @@ class Shapes:
     steps: int
     states: int
     kept: int
+    proposed: int = 0
 
 
 class Draw(nn.Module):
@@ -57,6 +59,31 @@ class Draw(nn.Module):
         commands = (self.basis @ candidates.reshape(s.knots, -1)).reshape(s.steps, s.commands, s.samples)
         commands = torch.minimum(torch.maximum(commands, self.low), self.high)
         return candidates, commands, x[:, None].expand(-1, s.samples).clone()
+
+
+class Propose(nn.Module):
+    """A policy's knots for a state and what is asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, given: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return knots (K, nu) for the goal's inputs and ``x`` (nx,)."""
+        p, r = given.get("p_target"), given.get("r_target")
+        if r is not None:  # a target without an orientation: the tool's own
+            sees = self.policy.sees
+            n = len(sees.revolute)
+            own = sees.chain.pose(x[:n] - torch.tensor(sees.reference, dtype=x.dtype))[0]
+            r = torch.where(given["rotation"] > 0.5, r, own[:, :, None])
+        parameters = Parameters(
+            u_before=x[:0],
+            p_target=None if p is None else p[:, :, None],
+            r_target=None if r is None else r[..., None],
+            q_target=given.get("q_target"),
+            obstacles=tuple(given["obstacles"][k][:, :, None] for k in range(self.policy.sees.asked.obstacles)),
+        )
+        return self.policy(x, parameters)
 
 
 class Step(nn.Module):

@@ -13,11 +13,12 @@ import torch
 from mbctrl.base.errors import MbctrlError, SpecError
 from mbctrl.base.scene import JointGoal, ObjectPoseGoal
 from mbctrl.export.graph import Assembly, Part, exported, info, node_count
-from mbctrl.export.modules import Draw, Score, Shapes, Step
+from mbctrl.export.modules import Draw, Propose, Score, Shapes, Step
 from mbctrl.export.rules import refuse_unexportable
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.rules.icem import ICem
 from mbctrl.planning.white import colouring
+from mbctrl.runtime.bundle import POLICY
 
 OUTPUTS = ("costs", "next_mean", "next_spread", "best", "plan", "path", "states", "figures", "share")
 """Of an iteration, in order; iCEM adds ``next_kept``."""
@@ -90,7 +91,8 @@ class PlannerGraphs:
         """Return the sizes of a controller's graphs."""
         planner, robot = controller.planner, controller.robot
         kept = min(planner.rule.keep, planner.samples // 2) if isinstance(planner.rule, ICem) else 0
-        return Shapes(planner.knots.count, robot.nu, planner.samples, planner.knots.steps, 2 * robot.nq, kept)
+        proposed = int(controller.policy is not None)
+        return Shapes(planner.knots.count, robot.nu, planner.samples, planner.knots.steps, 2 * robot.nq, kept, proposed)
 
     def given(self) -> dict[str, tuple[int, ...]]:
         """Return the task's inputs and their shapes."""
@@ -106,12 +108,14 @@ class PlannerGraphs:
 
     def models(self) -> Graphs:
         """Return every model of the bundle."""
-        iterations = self.controller.planner.iterations
+        iterations, s = self.controller.planner.iterations, self.shapes
         self._say("putting graphs together")
         models = {"iter.onnx": self._model(1, scan=True), "iter_unrolled.onnx": self._model(1, scan=False)}
         if iterations > 1:  # else the iteration is the plan
             models |= {"plan.onnx": self._model(iterations, scan=True), "plan_unrolled.onnx": self._model(iterations, scan=False)}
         models["rollout.onnx"] = self._rollout()
+        if s.proposed:
+            models[POLICY] = self._policy()
         return Graphs(models, {name: node_count(model) for name, model in models.items()}, self.inputs(1))
 
     def inputs(self, iterations: int = 1) -> dict[str, tuple[int, ...]]:
@@ -122,6 +126,8 @@ class PlannerGraphs:
         out["noise"] = (*([iterations] if iterations > 1 else []), *sizes, s.samples)
         if s.kept:
             out["kept"] = (*sizes, s.kept)
+        if s.proposed:
+            out["proposal"] = (*sizes, s.proposed)
         return out | self.given()
 
     def _draw(self, module: Draw) -> Part:
@@ -129,8 +135,8 @@ class PlannerGraphs:
         sizes = (s.knots, s.commands)
         example = [torch.randn(s.states), torch.randn(*sizes), torch.rand(*sizes), torch.randn(*sizes, s.samples)]
         names = ["x", "mean", "spread", "noise"]
-        if s.kept:
-            example.append(torch.randn(*sizes, s.kept))
+        if s.kept + s.proposed:
+            example.append(torch.randn(*sizes, s.kept + s.proposed))
             names.append("kept")
         return exported(module, tuple(example), names, ["candidates", "commands", "start"])
 
@@ -174,6 +180,8 @@ class PlannerGraphs:
         for i in range(iterations):
             noise = "noise" if iterations == 1 else self._slice(a, i)
             values = {"x": "x", "noise": noise, **belief}
+            if s.proposed:
+                values["kept"] = a.node("Concat", [belief["kept"], "proposal"], f"fixed{i}", axis=2) if s.kept else "proposal"
             candidates, commands, start = a.add(self.draw, f"draw{i}", "draw", self._bound(self.draw, values))
             roll = f"step{i}"
             after = a.scan(self.step, start, commands, roll) if scan else a.unrolled(self.step, start, commands, s.steps, roll)
@@ -206,6 +214,20 @@ class PlannerGraphs:
     def _slice(a: Assembly, i: int) -> str:
         index = a.constant(f"iteration{i}", np.array(i, np.int64))
         return a.node("Gather", ["noise", index], f"noise{i}", axis=0)
+
+    def _policy(self) -> onnx.ModelProto:
+        """Return the policy: knots (K, nu) for a state (nx,) and what is asked, encoded and bounded inside."""
+        s, asked = self.shapes, self.controller.policy.sees.asked
+        wanted = {"p_target": asked.position, "r_target": asked.rotation, "rotation": asked.rotation}
+        wanted |= {"q_target": asked.joints, "obstacles": asked.obstacles > 0}
+        given = {name: shape for name, shape in self.given().items() if wanted.get(name)}
+        example = {name: torch.rand(*shape) for name, shape in given.items()}, torch.rand(s.states)
+        given["x"] = (s.states,)
+        part = exported(Propose(self.controller.policy), example, list(given), ["proposed"])
+        a = Assembly()
+        knots = a.add(part, "policy", "policy", {name: name for name in given})[0]
+        inputs = [info(value.name, given[value.name]) for value in part.inputs]
+        return a.model(inputs, {knots: info("knots", (s.knots, s.commands))}, {"mbctrl": "policy"})
 
     def _rollout(self) -> onnx.ModelProto:
         """Return the arm alone: states (T+1, nx) from ``x`` (nx,) under commands (T, nu), ``dt`` (1,) seconds apart, any T."""

@@ -134,7 +134,7 @@ def _kernel(config: RunConfig, analytic: RigidBodyDynamics, parts: Parts) -> Bac
         risk=parts.risk,
         thing=parts.features.thing,
     )
-    for given in _goals(config):
+    for given in goals_of(config):
         search.kernel(given)  # compiled now, not in the middle of the run
     arm = kernel_dynamics(analytic, here, traced)  # one rollout alone is the processor's work
 
@@ -166,7 +166,7 @@ def _engine_of(device: torch.device, here: CpuEngine) -> Engine:
     return here if device.type == "cpu" else GpuEngine(device)
 
 
-def _goals(config: RunConfig) -> set[Goal]:
+def goals_of(config: RunConfig) -> set[Goal]:
     """Return which targets the run's goal gives, all its kinds."""
     goal = config.goal
     if isinstance(goal, PoseGoal):
@@ -201,6 +201,19 @@ def analytic_of(
     )
 
 
+def named_file(name: str, file: str | Path | None, key: str) -> Path:
+    """Return the path of a file that ``file`` names under ``key``: beside it, or from where the program runs.
+
+    Errors:
+        SpecError: where there is none.
+    """
+    beside = Path(file).parent / name if file is not None else Path(name)
+    path = beside if beside.is_file() else Path(name)
+    if not path.is_file():
+        raise SpecError("no such file", file=file, key=f"{key}: {name}")
+    return path
+
+
 def hybrid_of(
     config: RunConfig, model: Model, analytic: RigidBodyDynamics, file: str | Path | None = None
 ) -> HybridDynamics | None:
@@ -209,8 +222,7 @@ def hybrid_of(
     Errors:
         SpecError: as ``learned_of``, and for MuJoCo as the model.
     """
-    name = config.dynamics.residual
-    if name is None:
+    if config.dynamics.residual is None:
         return None
     if config.dynamics.backend == "mujoco":
         raise SpecError(
@@ -218,7 +230,7 @@ def hybrid_of(
             file=file,
             key="dynamics.backend",
         )
-    return learned_of(name, config, model, analytic, file, "dynamics.residual")
+    return learned_of(config.dynamics.residual, config, model, analytic, file, "dynamics.residual")
 
 
 def learned_of(
@@ -229,10 +241,7 @@ def learned_of(
     Errors:
         SpecError: for a file that is none, of another arm, or learnt on top of other physics; ``key`` names it.
     """
-    beside = Path(file).parent / name if file is not None else Path(name)
-    path = beside if beside.is_file() else Path(name)
-    if not path.is_file():
-        raise SpecError("no such file", file=file, key=f"{key}: {name}")
+    path = named_file(name, file, key)
     residual = load_residual(path, model.robot, model.tree, analytic.dt, analytic.integrator, config.dynamics.contact)
     return HybridDynamics(analytic, residual, model.tree.frames[model.robot.tool], capsule_obstacle)
 

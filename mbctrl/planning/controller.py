@@ -19,13 +19,15 @@ from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.tree import Frame
-from mbctrl.planning.backends import Parts, analytic_of, build_backend, hybrid_of, risk_of
+from mbctrl.planning.backends import Parts, analytic_of, build_backend, goals_of, hybrid_of, named_file, risk_of
+from mbctrl.planning.chain import Chain
 from mbctrl.planning.keeper import keeper_of
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
 from mbctrl.planning.noise import Noise, Shape
 from mbctrl.planning.objective import FeatureMap
 from mbctrl.planning.planner import Planner
+from mbctrl.planning.policy import Asked, Place, Policy, Sees, load_policy
 from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.tasks.features import RobotScales
 from mbctrl.tasks.task import Task, build_task
@@ -75,7 +77,11 @@ class MpcController(Mpc):
             iterations=spec.iterations,
             growth=spec.growth,
         )
-        super().__init__(config, robot, planner, self.backend.array, self.backend.rollout, self._tool_paths)
+        self.place = place_of(config, model, knots)
+        policy: Policy | None = None
+        if spec.policy is not None:
+            policy = load_policy(named_file(spec.policy, file, "planner.policy"), self.place)
+        super().__init__(config, robot, planner, self.backend.array, self.backend.rollout, self._tool_paths, policy=policy)
 
     def plan(self, request: PlanRequest) -> Plan:
         """Return the next plan."""
@@ -93,6 +99,22 @@ class MpcController(Mpc):
         q = torch.as_tensor(states[:, :nq], dtype=self.analytic.dtype).movedim(0, 1).reshape(nq, -1)
         position = self.analytic.frame(self.analytic.poses(q.to(self.analytic.device)), self.features.tool)[1]
         return position.reshape(3, horizon, samples).cpu().numpy()
+
+
+def place_of(config: RunConfig, model: Model, knots: Knots) -> Place:
+    """Return where a policy of a run's plans is to be used."""
+    robot, tree, goals = model.robot, model.tree, goals_of(config)
+    asked = Asked(
+        config.goal.kind,
+        any(goal.position for goal in goals),
+        any(goal.rotation for goal in goals),
+        any(goal.joints for goal in goals),
+        len(config.obstacles),
+    )
+    chain = Chain.to(tree, thing_of(config, model) or tree.frames[robot.tool])
+    follows = None if robot.control.mode == "torque" else tuple(int(i) for i in robot.command_index)
+    sees = Sees(tuple(tree.revolute), tree.reference, chain, asked)
+    return Place(robot.name, tuple(robot.joints), *command_bounds(robot), follows, sees, knots)
 
 
 def thing_of(config: RunConfig, model: Model, file: str | Path | None = None) -> Frame | None:

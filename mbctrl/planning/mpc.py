@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class Mpc:
             run that weighs it takes the payload (10,), too.
         paths: the tool's positions (3, T, N) [m] at states (T, nx, N); None: plans carry no fan.
         step: the longest step of the prediction from a measurement to a plan's start [s].
+        policy: knots (K, nu) for a state (nx,) and what is asked, in numpy: a candidate of every plan, and what is followed where
+            no candidate's cost is a number; None: there is none.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class Mpc:
         rollout: Callable[..., np.ndarray],
         paths: Callable[[np.ndarray], np.ndarray] | None = None,
         step: float = 0.01,
+        policy: Callable[[np.ndarray, Parameters], np.ndarray] | None = None,
     ) -> None:
         self.config, self.robot, self.planner, self.knots = config, robot, planner, planner.knots
         self._array, self._rollout_model, self._paths, self._step = array, rollout, paths, step
+        self.policy = policy
         self._steps, self._bounds = self.knots.steps, command_bounds(robot)
         self._targets: list[tuple[Array, Array | None]] = []
         self._spread = self.knots.weights(np.arange(self._steps + 1) * config.dynamics.dt)
@@ -80,27 +85,35 @@ class Mpc:
         t0 = request.stamp + request.latency
         if self._state is None:
             self._state = self.planner.initial(self._array(u_before), t0, self.config.seed)
-        self._state, result = self.planner.plan(self._state, self._array(x), self.parameters(request, u_before), t0)
-        plan = self._packed(request, x, t0, result, cpu)
-        if not np.isfinite(result.figures.best):  # every candidate diverged: the next plan starts from the command in force
+        parameters = self.parameters(request, u_before)
+        proposed = None if self.policy is None else self.policy(x, on_host(parameters))
+        if proposed is not None:
+            parameters = replace(parameters, proposal=self._array(proposed[..., None]))
+        self._state, result = self.planner.plan(self._state, self._array(x), parameters, t0)
+        diverged = not np.isfinite(result.figures.best)
+        fallback = diverged and proposed is not None
+        plan = self._packed(request, x, t0, replace(result, knots=proposed) if fallback else result, cpu, fallback)
+        if diverged:  # the next plan starts from the command in force
             self._state = None
         return plan
 
-    def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float) -> Plan:
+    def _packed(self, request: PlanRequest, x: np.ndarray, t0: float, result: Result, cpu: float, fallback: bool) -> Plan:
         knots = host(result.knots).astype(float)
         commands = (self._spread @ knots).clip(*self._bounds)
-        states = self._rollout(request, x, knots[..., None])[:, :, 0] if result.states is None else result.states
+        states = None
+        if not fallback:  # what a model expects all of whose rollouts diverged is worth nothing
+            states = self._rollout(request, x, knots[..., None])[:, :, 0] if result.states is None else result.states
         self._seq += 1
-        figures = result.figures._asdict()
+        figures = result.figures._asdict() | {"fallback": float(fallback)}
         plan = Plan(
             seq=self._seq,
             stamp=request.stamp,
             t0=t0,
             dt=self.config.dynamics.dt,
             u=commands,
-            x=host(states).astype(float),
+            x=None if states is None else host(states).astype(float),
             info={**figures, "cpu": time.process_time() - cpu},
-            fan=self.fan(request, x, result) if request.fan else None,
+            fan=self.fan(request, x, result) if request.fan and not fallback else None,
         )
         self._plans = {seq: old for seq, old in self._plans.items() if seq > self._seq - 4} | {self._seq: plan}
         return plan
@@ -173,6 +186,12 @@ class Mpc:
             commands = np.stack([follower.command(t + (k + self.knots.at) * h) for k in range(count)])
             x = self._rollout_model(x, commands[..., None], h, *self._carried(request))[-1, :, 0].astype(float)
         return x, follower.command(t + request.latency)
+
+
+def on_host(parameters: Parameters) -> Parameters:
+    """Return the same in numpy's arrays."""
+    given = {name: value if name == "obstacles" else host(value) for name, value in vars(parameters).items() if value is not None}
+    return Parameters(**{**given, "obstacles": tuple(map(host, parameters.obstacles))})
 
 
 def command_bounds(robot: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ class Parameters:
 
     Shapes: ``p_target`` (3, H, 1) [m], ``r_target`` (3, 3, H, 1), ``q_target`` (nq,) [rad], ``obstacles`` a (3, H, 1)
     position [m] for each obstacle, ``u_before`` (nu,) the command in force at the start, ``payload`` (10,) what a model that
-    may carry one carries (``mbctrl.dynamics.body``).
+    may carry one carries (``mbctrl.dynamics.body``), ``proposal`` (K, nu, P) knots that somebody else proposes as candidates.
     """
 
     u_before: Array
@@ -28,6 +28,7 @@ class Parameters:
     q_target: Array | None = None
     obstacles: tuple[Array, ...] = ()
     payload: Array | None = None
+    proposal: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Planner:
     def iterate(self, state: PlannerState, x: Array, parameters: Any) -> tuple[PlannerState, Result]:
         """Draw, cost and update once; k calls are k iterations of one plan."""
         belief = state.belief
-        candidates, costs = self.search(belief, self._fixed(belief), state.seed, state.draws, x, parameters)
+        candidates, costs = self.search(belief, self.fixed(belief, parameters), state.seed, state.draws, x, parameters)
         values = host(costs)
         good = np.isfinite(values)
         finite = int(np.count_nonzero(good))
@@ -146,10 +147,12 @@ class Planner:
         state = PlannerState(belief, state.start, state.seed, state.draws + 1)
         return state, Result(getattr(belief, self.rule.executes), figures, candidates, weights)
 
-    def _fixed(self, belief: Distribution) -> Array:
-        """Return (K, nu, F) candidates that are not drawn: those kept, best first, at most half of all, and the mean."""
-        kept = belief.kept[..., : self.samples // 2]
-        if not self.rule.includes_mean:
-            return kept
-        mean = belief.mean[..., None]
-        return namespace(mean).concatenate((kept, mean), -1) if kept.shape[2] else mean
+    def fixed(self, belief: Distribution, parameters: Any = None) -> Array:
+        """Return (K, nu, F) candidates not drawn: those kept, best first, at most half of all, those proposed, and the mean."""
+        parts = [belief.kept[..., : self.samples // 2]]
+        if getattr(parameters, "proposal", None) is not None:
+            parts.append(parameters.proposal)
+        if self.rule.includes_mean:
+            parts.append(belief.mean[..., None])
+        parts = [part for part in parts if part.shape[2]] or parts[:1]
+        return namespace(belief.mean).concatenate(parts, -1) if len(parts) > 1 else parts[0]

@@ -23,7 +23,7 @@ from mbctrl.base.spec import parse_yaml, validate
 FORMAT = 1
 """The manifest's version; another one is refused: what a field means may have changed."""
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
-ROBOT, ROLLOUT, WEIGHTS, GOLDEN = "robot.yaml", "rollout.json", "residual.f32", "golden.npz"
+ROBOT, ROLLOUT, WEIGHTS, GOLDEN, POLICY = "robot.yaml", "rollout.json", "residual.f32", "golden.npz", "policy.onnx"
 
 
 def digest(data: bytes) -> str:

@@ -110,23 +110,36 @@ class Guard(Guarding):
         return good
 
     def accepts(self, plan: Plan) -> bool:
-        """Return whether a plan may be followed: finite, not of diverged samples only, clear of everything."""
+        """Return whether a plan may be followed: finite, not of diverged samples only, clear of everything.
+
+        A policy's plan in place of diverged samples counts as diverged, too, but may bridge the time until that is one too many:
+        where it says postures, which are as clear.
+        """
         if not (np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all())):
             self.counts["non-finite plan"] += 1
             self._plan_faults += 1
             return False
         self._plan_faults = 0
+        postures = self._postures(plan)
         if not np.isfinite(plan.info.get("best", 0.0)):
             self.counts["diverged plan"] += 1
             self._diverged += 1
-            return False
-        self._diverged = 0
-        if self.watch is not None and plan.x is not None:
-            rows = plan.x[:, : self.robot.nq][:: max(1, len(plan.x) // 16)]
+            if not plan.info.get("fallback") or postures is None:
+                return False
+        else:
+            self._diverged = 0
+        if self.watch is not None and postures is not None:
+            rows = postures[:: max(1, len(postures) // 16)]
             if self.watch.clearance(rows[-32:]) < self.settings.plan_clearance:
                 self.counts["plan too near"] += 1
                 return False
         return True
+
+    def _postures(self, plan: Plan) -> np.ndarray | None:
+        """Return the postures (T, nq) a plan leads through: as it expects, else its references; None: torques say none."""
+        if plan.x is not None:
+            return plan.x[:, : self.robot.nq]
+        return plan.u[:, np.argsort(self._pick)] if self._impedance and self.robot.nu == self.robot.nq else None
 
     def refusals(self, joints: tuple[str, ...] | None = None) -> list[str]:
         """Return why the arm may not be armed now, one text each."""

@@ -15,7 +15,7 @@ from mbctrl.planning.knots import Knots
 from mbctrl.planning.planner import Parameters, Planner, PlannerState, Result
 from mbctrl.planning.rules.base import Distribution, Figures, Rule
 from mbctrl.planning.white import normals
-from mbctrl.runtime.bundle import Bundle
+from mbctrl.runtime.bundle import POLICY, Bundle
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -102,9 +102,10 @@ class OnnxPlanner(Planner):
         belief, size = state.belief, (self.knots.count, len(parameters.u_before), self.samples)
         given = {"x": x, "mean": belief.mean, "spread": belief.spread, "weights": self._factors, "u_before": parameters.u_before}
         given["noise"] = normals(state.seed, state.draws, size[0] * size[1], size[2]).reshape(size)
-        given |= self._task(parameters)
+        given |= task_inputs(self._session.shapes, parameters)
         if self._kept:
             given["kept"] = belief.kept
+        given["proposal"] = belief.mean[..., None] if parameters.proposal is None else parameters.proposal
         out = self._session({key: value for key, value in given.items() if key in self._session.shapes})
         best, mean, ess, share = (float(value) for value in out["figures"])
         finite = round(share * self.samples)
@@ -116,22 +117,39 @@ class OnnxPlanner(Planner):
         follow = getattr(new, self.rule.executes)
         return state, Result(follow, figures, None, out["share"].copy(), out["states"].copy(), out["path"].copy())
 
-    def _task(self, parameters: Parameters) -> dict[str, np.ndarray]:
-        p, r, steps = parameters.p_target, parameters.r_target, self.knots.steps
-        given: dict[str, np.ndarray] = {}
-        if "p_target" in self._session.shapes:
-            if p is None:
-                raise BundleError("the planner was exported for a goal with a tool target", key="goal")
-            given["p_target"] = p[:, :, 0]
-            given["r_target"] = np.zeros((3, 3, steps), np.float32) if r is None else r[..., 0]
-            given["rotation"] = np.array([r is not None], np.float32)
-        if "q_target" in self._session.shapes:
-            if parameters.q_target is None:
-                raise BundleError("the planner was exported for a joint goal", key="goal")
-            given["q_target"] = parameters.q_target
-        if parameters.obstacles:
-            given["obstacles"] = np.stack([at[:, :, 0] for at in parameters.obstacles])
-        return given
+
+def task_inputs(shapes: dict[str, tuple[int, ...]], parameters: Parameters) -> dict[str, np.ndarray]:
+    """Return what a graph with inputs of ``shapes`` is told of the task.
+
+    Errors:
+        BundleError: for another goal than it was exported for.
+    """
+    p, r = parameters.p_target, parameters.r_target
+    given: dict[str, np.ndarray] = {}
+    if "p_target" in shapes:
+        if p is None:
+            raise BundleError("the planner was exported for a goal with a tool target", key="goal")
+        given["p_target"] = p[:, :, 0]
+        given["r_target"] = np.zeros((3, 3, p.shape[1]), np.float32) if r is None else r[..., 0]
+        given["rotation"] = np.array([r is not None], np.float32)
+    if "q_target" in shapes:
+        if parameters.q_target is None:
+            raise BundleError("the planner was exported for a joint goal", key="goal")
+        given["q_target"] = parameters.q_target
+    if parameters.obstacles:
+        given["obstacles"] = np.stack([at[:, :, 0] for at in parameters.obstacles])
+    return {key: value for key, value in given.items() if key in shapes}
+
+
+class OnnxPolicy:
+    """A bundle's policy: proposes plans and stands in for the planner; runs on the processor wherever that one does."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._session = Session(POLICY, bundle.files[POLICY])
+
+    def __call__(self, x: np.ndarray, parameters: Parameters) -> np.ndarray:
+        """Return knots (K, nu) for state ``x`` (nx,)."""
+        return self._session({"x": x, **task_inputs(self._session.shapes, parameters)})["knots"].copy()
 
 
 class OnnxRollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
@@ -18,8 +19,9 @@ from mbctrl.planning.planner import Parameters, Planner, PlannerState
 from mbctrl.planning.rules.base import Distribution
 from mbctrl.planning.settings import build_rule, sigma_of
 from mbctrl.planning.white import colouring
-from mbctrl.runtime.bundle import GOLDEN, ROLLOUT, WEIGHTS, Bundle
+from mbctrl.runtime.bundle import GOLDEN, POLICY, ROLLOUT, WEIGHTS, Bundle
 
+logger = logging.getLogger(__name__)
 ENGINES = ("kernel", "onnx")
 COST_TOLERANCE = 1e-4
 """Largest relative difference of a golden vector's costs from the exporting machine's."""
@@ -51,6 +53,7 @@ def build_planner(
 
         planner = OnnxPlanner(bundle, rule, knots, sigma, provider, threads or 1)
         mpc = Mpc(config, bundle.robot, planner, _float32, OnnxRollout(bundle), step=config.dynamics.dt / 2)
+    mpc.policy = _policy(bundle, config)
     worst = golden_error(bundle, mpc.planner)
     if not worst <= COST_TOLERANCE:
         raise BundleError(
@@ -58,6 +61,34 @@ def build_planner(
             file=bundle.folder / GOLDEN,
         )
     return mpc
+
+
+def _policy(bundle: Bundle, config: RunConfig) -> Any:
+    """Return the bundle's policy, None where it has none or the run's goal is of another kind.
+
+    Errors:
+        BundleError: where it proposes other plans than it did where it was exported.
+    """
+    if POLICY not in bundle.files:
+        return None
+    known, kind = bundle.config.goal.kind, config.goal.kind
+    if kind != known:
+        logger.warning("%s: the policy knows goal.kind: %s, found %s; planning without it", bundle.folder, known, kind)
+        return None
+    need("onnxruntime", "deploy", "a policy")
+    from mbctrl.runtime.onnx_planner import OnnxPolicy
+
+    policy, (low, high) = OnnxPolicy(bundle), command_bounds(bundle.robot)
+    for _, x, parameters, _ in golden_cases(bundle):
+        if parameters.proposal is None:
+            raise BundleError("holds no plan of the policy's", file=bundle.folder / GOLDEN)
+        off = float(np.abs((policy(x, parameters) - parameters.proposal[..., 0]) / (high - low)).max())
+        if not off <= COST_TOLERANCE:
+            raise BundleError(
+                f"its plans are {off:.1e} of the range from the golden vectors', expected at most {COST_TOLERANCE:g}",
+                file=bundle.folder / POLICY,
+            )
+    return policy
 
 
 def _float32(values: Any) -> np.ndarray:
@@ -130,6 +161,7 @@ def golden_cases(bundle: Bundle) -> list[tuple[PlannerState, np.ndarray, Paramet
             r_target=row["r_target"][..., None] if rotation else None,
             q_target=row.get("q_target"),
             obstacles=tuple(at[..., None] for at in row["obstacles"]) if "obstacles" in row else (),
+            proposal=row.get("proposal"),
         )
         expected = {key.removeprefix("out_"): value for key, value in row.items() if key.startswith("out_")}
         cases.append((PlannerState(belief, 0.0, int(row["seed"]), int(row["draw"])), row["x"], parameters, expected))
@@ -161,7 +193,7 @@ def candidate_costs(planner: Planner, state: PlannerState, x: np.ndarray, parame
     if planner.search is None:
         planner.iterate(state, x, parameters)
         return planner.costs.copy()
-    return planner.search(state.belief, planner._fixed(state.belief), state.seed, state.draws, x, parameters)[1]
+    return planner.search(state.belief, planner.fixed(state.belief, parameters), state.seed, state.draws, x, parameters)[1]
 
 
 def iteration_times(bundle: Bundle, mpc: Mpc, count: int) -> list[float]:

@@ -17,7 +17,7 @@ from mbctrl.runtime.loop import PlannerPort
 from mbctrl.runtime.realtime import RealTime, name_process
 from mbctrl.runtime.shared import Mailbox
 
-_INFO = ("best", "mean", "ess", "nonfinite", "cpu")
+_INFO = ("best", "mean", "ess", "nonfinite", "cpu", "fallback")
 _LOOK = 2e-4  # [s] between two looks for a request
 _GENERATION = 10**12  # plans of one planner process at most: a later one counts on from the next multiple
 
@@ -126,7 +126,8 @@ class MailboxPort(PlannerPort):
         self._asked = 0
         times = (float(record[name]) for name in ("stamp", "t0", "dt"))
         info = {name: float(record[name]) for name in _INFO}
-        return Plan(int(record["seq"]), *times, record["u"].copy(), record["x"].copy(), info, record["path"][None].copy())
+        states = None if info["fallback"] else record["x"].copy()
+        return Plan(int(record["seq"]), *times, record["u"].copy(), states, info, record["path"][None].copy())
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,10 @@ def _request(record: Any, obstacles: int, generation: int) -> PlanRequest:
 def _record(plan: Plan, answers: int, generation: int, kind: np.dtype) -> np.ndarray:
     record = np.zeros((), kind)
     record["answers"], record["seq"] = answers, generation * _GENERATION + plan.seq
-    for name in ("stamp", "t0", "dt", "u", "x"):
+    for name in ("stamp", "t0", "dt", "u"):
         record[name] = getattr(plan, name)
+    if plan.x is not None:
+        record["x"] = plan.x
     if plan.fan is not None:
         record["path"] = plan.fan[0]
     for name in _INFO:
