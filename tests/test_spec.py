@@ -256,7 +256,7 @@ def test_a_bare_model_is_no_robot_file() -> None:
 @pytest.mark.parametrize(
     ("folder", "name", "says"),
     [
-        ("robots", "pandaa", "unknown robot 'pandaa'; did you mean 'panda'? known: arm2, "),
+        ("robots", "pandaa", "unknown robot 'pandaa'; did you mean 'panda'? known: acrobot, arm2, "),
         ("launch", "zzz", "unknown scenario 'zzz'; known: "),
         ("robots", "no/such.yaml", "no/such.yaml: no such file"),
     ],
