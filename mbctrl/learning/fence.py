@@ -47,7 +47,7 @@ class Fence:
     The tool is the capsules of its link and its point. A command is safe if the tool stays inside, and joints in their range,
     while it is in force, for ``dt``, and while the arm is stopped after it: its reference stays where it is, or torques servo
     it home. So there is always a stop at hand that was seen to be safe, as far as was looked ahead. A tool that is in the margin
-    already must not go further.
+    already must not go further. An arm too weak to hold itself out may end at a joint's stop all the same, and stay there.
 
     Args:
         model: the arm.
