@@ -85,7 +85,8 @@ def keeper_of(config: RunConfig, model: Model, file: str | Path | None = None) -
     spec, dynamics = config.adapt, config.dynamics
     if spec is None or spec.kind != "model":
         return None
-    analytic = analytic_of(config, model, file, torch.float64)
+    here = config.model_copy(update={"dynamics": dynamics.model_copy(update={"device": "cpu"})})  # wherever plans are made
+    analytic = analytic_of(here, model, file, torch.float64)
     own = hybrid_of(config, model, analytic, file)
     if own is None or own.residual.spread is None:
         raise SpecError("kind model needs dynamics.residual, of networks with variances, found none", file=file, key="adapt")
