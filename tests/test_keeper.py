@@ -23,7 +23,7 @@ from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.last_layer import LastLayer
 from mbctrl.dynamics.likeliest import Likeliest
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.dynamics.residual import Residual, Spread, Surface
+from mbctrl.dynamics.residual import Residual, Spread, Surface, physics_of
 from mbctrl.export.planner import refuse
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import learned_model
@@ -49,7 +49,8 @@ def sure(residual: Residual, joints: int, rest: float = 0.0) -> Residual:
 
 def guess(arm: Model, hidden: tuple[int, ...] = (24,), members: int = 3) -> Residual:
     """Return networks near the floor that know nothing of it."""
-    return sure(residual_of(arm, members, hidden, surfaces=(FLOOR,), near=0.005, far=0.02, activation="tanh"), 1)
+    made = {"surfaces": (FLOOR,), "near": 0.005, "far": 0.02, "activation": "tanh", "physics": physics_of(arm.tree)}
+    return sure(residual_of(arm, members, hidden, **made), 1)
 
 
 def off(residual: Residual, size: float, seed: int = 5) -> Residual:

@@ -25,7 +25,7 @@ _SHARE = 0.5
 payload of 1 kg that nobody told of, and without it, at 0 / 0.1 / 0.5 / 1 / 3 (as force, medians): 5.2 / 4.8 / 4.2 / 4.0 / 3.9 N,
 and 0.22 / 0.21 / 0.15 / 0.14 / 0.21 N."""
 _EVERY = 5  # transitions taken at a time: one costs as much as many
-_ITS_OWN = ("layers", "input_mean", "input_scale", "output_scale", "spread", "contact", "seed", "versions")
+_ITS_OWN = ("layers", "input_mean", "input_scale", "output_scale", "spread", "contact", "physics", "seed", "versions")
 _PLACE = ("tip", "radius", "surface", "half")  # of a contact; its numbers were held against the run's already
 
 
