@@ -212,7 +212,8 @@ def blank(panda: Model) -> Residual:
     made = residual_of(panda, hidden=(32, 32), activation="silu", **acts)
     made = replace(made, input_scale=np.array([5e-3, *[0.1] * 6, *[0.3] * 3, 0.5]), output_scale=np.array([0.05, 0.05, 0.2]))
     w, b = made.layers[-1]
-    return sure(replace(made, layers=(*made.layers[:-1], (0 * w, 0 * b))), 8, rest=0.003)
+    silent = replace(made, layers=(*made.layers[:-1], (0 * w, 0 * b)), physics=physics_of(panda.tree))
+    return sure(silent, 8, rest=0.003)
 
 
 def changed(file: Path, **changes: Any) -> tuple[RunConfig, Path]:
