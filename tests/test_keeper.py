@@ -197,7 +197,6 @@ def test_what_was_seen_of_another_contact_says_nothing_of_the_new_one(arm: Model
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 SCENARIO = "panda_wipe_sim"
-SURFACE = Surface(name="table", shape="plane", position=(0.0, 0.0, 0.0), frame="table_top")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +207,7 @@ def panda() -> Model:
 def blank(panda: Model) -> Residual:
     """Return networks on top of the declared contact that give nothing, with random hidden layers."""
     contact = load_run(SCENARIO)[0].dynamics.contact
-    acts: dict[str, Any] = {"acts_on": "contact", "contact": contact, "surfaces": (SURFACE,), "near": 0.0005, "far": 0.003}
+    acts: dict[str, Any] = {"acts_on": "contact", "contact": contact, "near": 0.0005, "far": 0.003}
     made = residual_of(panda, hidden=(32, 32), activation="silu", **acts)
     made = replace(made, input_scale=np.array([5e-3, *[0.1] * 6, *[0.3] * 3, 0.5]), output_scale=np.array([0.05, 0.05, 0.2]))
     w, b = made.layers[-1]
