@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,13 @@ class MpcController(Mpc):
         with torch.inference_mode():
             if self._keeper is None:
                 return super().plan(request)
+            start = time.process_time()
             learnt = self._keeper.take(request)
             if learnt is not None:
                 self.backend.weigh(learnt)
+            spent = time.process_time() - start
             plan = super().plan(request)
-            return replace(plan, info={**plan.info, "model": self._keeper.best})
+            return replace(plan, info={**plan.info, "cpu": plan.info["cpu"] + spent, "model": self._keeper.best})
 
     def _tool_paths(self, states: np.ndarray) -> np.ndarray:
         nq, (horizon, _, samples) = self.robot.nq, states.shape
