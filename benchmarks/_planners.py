@@ -244,7 +244,7 @@ def _differences(controller: MpcController, ours: Planner, case: tuple[Any, ...]
     state, x, parameters, _ = case
     theirs = controller.planner
     with torch.inference_mode():
-        _, costs = theirs.search(state.belief, theirs._fixed(state.belief), state.seed, state.draws, x, parameters)
+        _, costs = theirs.search(state.belief, theirs.fixed(state.belief, parameters), state.seed, state.draws, x, parameters)
         after, result = theirs.iterate(state, x, parameters)
     given = in_numpy(state), x.numpy(), in_numpy(parameters)
     want, got = costs.numpy(), candidate_costs(ours, *given)

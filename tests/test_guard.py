@@ -35,6 +35,7 @@ class FakeWatch:
         return Seen(v.copy(), zero, zero, np.zeros(3), np.eye(3), self.scene, 1.0)
 
     def clearance(self, q: np.ndarray) -> float:
+        self.seen = q
         return self.plan
 
 
@@ -368,14 +369,23 @@ def test_a_policys_plan_bridges_diverged_ones_where_its_postures_are_clear() -> 
     bench.swing(0.1)
     fallback = made(x=None, info={"best": np.inf, "fallback": 1.0})
     assert bench.guard.accepts(fallback)
+    np.testing.assert_allclose(bench.watch.seen[0], bench.q, atol=1e-3)  # the way from where the arm is was looked at, too
+    assert np.abs(np.diff(bench.watch.seen[:8], axis=0)).max() <= np.abs(fallback.u[0] - bench.q).max() / 4 + 1e-3
+    bench.watch.plan = np.nan
+    assert not bench.guard.accepts(replace(fallback, info={"best": 1.0})) and bench.guard.counts["plan too near"] == 1
+    bench.watch.plan = 1.0
+    assert bench.guard.accepts(fallback)
     bench.watch.plan = 0.004
-    assert not bench.guard.accepts(fallback) and bench.guard.counts["plan too near"] == 1
+    assert not bench.guard.accepts(fallback) and bench.guard.counts["plan too near"] == 2
     bench.watch.plan = 1.0
     bench.step(bench.q)
     assert bench.guard.ladder.mode is Mode.RUN
     assert bench.guard.accepts(fallback)  # the third in a row
     bench.step(bench.q)
-    assert bench.changes[-1] == (Mode.HOLD, 3) and bench.guard.counts["diverged plan"] == 3
+    assert bench.changes[-1] == (Mode.HOLD, 3) and bench.guard.counts["policy's plan followed"] == 3
+    positions = Bench("ur10e", follows="position", watch=True).armed()  # are sent what plans expect, never references
+    still = Plan(1, 0.0, 0.0, 0.04, np.tile(positions.q, (5, 1)), None, {"best": np.inf, "fallback": 1.0})
+    assert not positions.guard.accepts(still) and positions.guard.counts["diverged plan"] == 1
     torques = Bench("arm2").armed()  # say no postures
     assert not torques.guard.accepts(Plan(1, 0.0, 0.0, 0.04, np.zeros((5, 2)), None, {"best": np.inf, "fallback": 1.0}))
 

@@ -23,7 +23,7 @@ from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.last_layer import LastLayer
 from mbctrl.dynamics.likeliest import Likeliest
 from mbctrl.dynamics.load import Model, load_model
-from mbctrl.dynamics.residual import Residual, Spread, Surface, physics_of
+from mbctrl.dynamics.residual import Residual, Spread, physics_of
 from mbctrl.export.planner import refuse
 from mbctrl.learning.runs import from_run, source_of
 from mbctrl.learning.samples import learned_model
@@ -192,6 +192,21 @@ def test_what_was_seen_of_another_contact_says_nothing_of_the_new_one(arm: Model
     )
     print("off by", wrong, "of", apart)
     assert wrong < 0.03 * apart
+
+
+@pytest.mark.parametrize("hidden", [(), (24,), (12, 9)])
+def test_what_is_added_to_a_last_layer_is_linear_in_what_it_takes_in(arm: Model, hidden: tuple[int, ...]) -> None:
+    """As the networks' own inputs are, before they are normalised, where there is no hidden layer."""
+    rng, residual = np.random.default_rng(3), guess(arm, hidden)
+    size = residual.layers[0][0].shape[2]
+    residual = replace(residual, input_mean=rng.normal(1, 1, size), input_scale=rng.uniform(0.1, 10, size))
+    x, u = torch.randn(2, 30, dtype=torch.float64), torch.randn(1, 30, dtype=torch.float64)
+    before = learned_model(arm, residual)
+    features = before.told(x, u, x).features.numpy()
+    weights, offsets = rng.normal(size=(1, len(features))), rng.normal(size=1)
+    after = learned_model(arm, residual.nudged(weights, offsets))
+    added = (after.missed(x, u) - before.missed(x, u)).numpy()
+    np.testing.assert_allclose(added, weights @ features + offsets[:, None], rtol=1e-9, atol=1e-9)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def _still(zero: np.ndarray) -> Parameters:
 
 def search_costs(search: Any, planner: Planner, zero: np.ndarray) -> np.ndarray:
     state = planner.initial(zero, 0.0, 3)
-    return search(state.belief, planner._fixed(state.belief), 3, 0, np.zeros(4), _still(zero))[1]
+    return search(state.belief, planner.fixed(state.belief), 3, 0, np.zeros(4), _still(zero))[1]
 
 
 def test_members_see_the_same_candidates(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_members_see_the_same_candidates(tmp_path: Path) -> None:
         planner = controller.planner
         state = planner.initial(np.zeros(2, np.float32), 0.0, 7)
         parameters = Parameters(u_before=np.zeros(2, np.float32), q_target=np.zeros(2, np.float32))
-        seen[name], costs[name] = planner.search(state.belief, planner._fixed(state.belief), 7, 1, np.ones(4), parameters)
+        seen[name], costs[name] = planner.search(state.belief, planner.fixed(state.belief), 7, 1, np.ones(4), parameters)
     assert all(np.array_equal(seen["all"], other) for other in seen.values())
     np.testing.assert_allclose(costs["all"], np.mean([costs[str(e)] for e in range(3)], 0), rtol=1e-6)
     assert np.ptp([costs[str(e)] for e in range(3)], 0).min() > 0  # members differ

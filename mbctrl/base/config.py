@@ -45,8 +45,8 @@ class PlannerSpec(Spec):
 
     ``sigma`` is the initial spread of the command, one value or one an actuated joint: [rad] for impedance references,
     [N·m] for torques. ``ramp`` is the first knot's share of it, growing to all of it at the last: the near future is
-    nearly decided. ``beta`` colours ``noise: coloured``. ``policy`` (of ``mbctrl distil``, an .npz, from the folder of the file
-    that names it) proposes a plan, which is one of the candidates, and is followed where no candidate's cost is finite.
+    nearly decided. ``beta`` colours ``noise: coloured``. ``policy`` (of ``mbctrl distil``, an .npz, in the scenario's folder or
+    the current one) proposes a plan, which is one of the candidates, and is followed where no candidate's cost is finite.
     """
 
     samples: Count = 512

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from mbctrl.base.config import RunConfig, merged
+from mbctrl.base.config import RunConfig, merged, settled
 from mbctrl.base.errors import MbctrlError, SpecError, suggest
 from mbctrl.base.robot import load_robot
 from mbctrl.base.spec import import_name, load_yaml, parse_yaml, validate
@@ -92,7 +92,7 @@ def _config(bundle: Bundle, goal: Path | None, duration: float | None) -> RunCon
         changes["goal"] = load_yaml(goal)
     if duration is not None:
         changes["duration"] = duration
-    config = validate(RunConfig, merged({**bundle.config.model_dump(), **changes}, {}), goal or "command line")
+    config = settled(validate(RunConfig, merged({**bundle.config.model_dump(), **changes}, {}), goal or "command line"))
     if (config.goal.kind == "joints") != (bundle.config.goal.kind == "joints"):
         raise SpecError(
             f"the bundle plans for goals like {bundle.config.goal.kind}, found {config.goal.kind}", file=goal, key="kind"

@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mbctrl.base.config import RecordSpec, RunConfig, load_run
+from mbctrl.base.config import RecordSpec, RunConfig, load_run, settled
 from mbctrl.base.errors import SpecError
 from mbctrl.base.extras import need
 from mbctrl.base.logs import read_log
 from mbctrl.base.scene import MOVING, JointGoal
-from mbctrl.base.spec import load_yaml
+from mbctrl.base.spec import load_yaml, validate
 from mbctrl.cli.build import check_goal, load_run_model
 from mbctrl.cli.episodes import rewards
 from mbctrl.cli.run import with_overrides
 from mbctrl.cli.session import Session
-from mbctrl.learning.imitate import imitate
+from mbctrl.learning.imitate import LEAST, imitate
+from mbctrl.learning.loops import LearnSpec
 from mbctrl.planning.arrays import host
 from mbctrl.planning.controller import MpcController
 from mbctrl.planning.mpc import on_host
@@ -124,26 +125,27 @@ class Distiller:
     """
 
     def __init__(self, config: RunConfig, file: Path, folder: Path, tell: Tell = lambda text: None) -> None:
-        planner = config.planner.model_copy(update={"policy": None})
         record = RecordSpec(plots=False, video=False)
-        self.config = config.model_copy(update={"planner": planner, "record": record, "stop_when_done": False})
+        self.config = config.model_copy(update={"record": record, "stop_when_done": False})
         self.model = load_run_model(config, file)
         check_goal(config, self.model, file)
         self._file, self._folder, self._tell, self._runs = file, folder, tell, 0
-        learn = load_yaml(file).get("learn", {})
-        self._best = float(learn.get("best", 0.0))  # returns are those of mbctrl learn
+        learn = load_yaml(file).get("learn")
+        self._best = 0.0 if learn is None else validate(LearnSpec, learn, file, "learn").best  # returns are those of mbctrl learn
         self._controller = MpcController(self.config, self.model, file)
         self.teacher = self._controller.planner = Teacher(self._controller.planner, self._controller.place, self.config.seed)
 
     def distil(self, trials: int) -> tuple[Policy, list[tuple[float, float]]]:
         """Return the policy learnt from ``trials`` episodes, the first the planner's own, and of each its return and what the
         policy learnt after it misses of held-out plans."""
-        history = []
+        history: list[tuple[float, float]] = []
         for trial in range(trials):
             self._tell(f"trial {trial + 1}")
             self.teacher.share = trial / max(1, trials - 1)  # nothing is learnt yet in the first
             reward = self._episode(self._controller, self.config.seed + trial).reward
-            rows = np.stack(self.teacher.inputs), np.stack(self.teacher.labels)
+            if len(self.teacher.inputs) < LEAST and trial < trials - 1:  # the planner goes on alone
+                continue
+            rows = np.array(self.teacher.inputs), np.array(self.teacher.labels)
             said = f"learning from {len(rows[0])} plans"
             trained = imitate(*rows, self.config.seed, tell=lambda epoch: self._tell(f"{said}, epoch {epoch}"))
             self.teacher.policy = self._controller.place.policy(**trained.network)
@@ -179,8 +181,9 @@ class Distiller:
     def _episode(self, controller: MpcController, seed: int) -> Judged:
         controller.reset()
         self._runs += 1
-        config = self.config.model_copy(update={"seed": seed})
+        config = settled(self.config.model_copy(update={"seed": seed}))
         controller.config = controller.config.model_copy(update={"seed": seed})
+        controller.pursue(config.goal)
         folder = self._folder / f"{self._runs:03d}"
         summary = Session(config, self._file, lockstep=True, model=self.model, plan=controller.plan).run(folder)
         if summary.interrupted:
@@ -200,6 +203,12 @@ def distil(scenario: str, overrides: list[str], trials: int, fewer: int, episode
             raise SpecError(f"expected at least 1, found {value}", file="command line", key=key)
     config, file = load_run(scenario)
     config = with_overrides(config, overrides, scenario, file)
+    if config.planner.policy is not None:
+        raise SpecError("a planner is distilled without another policy; expected none", file=file, key="planner.policy")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"'{out.parent}' cannot be made: {error.strerror}", file="command line", key="--out") from None
     for module in ("torch", "mujoco", "pinocchio", "scipy"):
         need(module, "learn", "distilling")
     columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
@@ -208,7 +217,6 @@ def distil(scenario: str, overrides: list[str], trials: int, fewer: int, episode
         distiller = Distiller(config, file, Path(folder), lambda text: progress.update(task, description=text))
         policy, history = distiller.distil(trials)
         progress.advance(task, trials)
-        out.parent.mkdir(parents=True, exist_ok=True)
         policy.save(out)
         found = distiller.judge(policy, fewer, episodes, lambda name: progress.advance(task))
     console.print(

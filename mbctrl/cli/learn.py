@@ -47,7 +47,7 @@ def train(recipe: str, logs: Sequence[str], out: Path) -> int:
     sets = [samples_of(part, arm, spec) for part in (training, validation)]
     console.print(
         f"{len(every)} transitions: {len(training)} to learn from, {len(validation)} to stop by, {len(test)} to judge by; "
-        f"{len(sets[0])}, {len(sets[1])} with the gate open",
+        f"{len(sets[0])}, {len(sets[1])} near enough to be taught",
         highlight=False,
         soft_wrap=True,
     )

@@ -143,11 +143,12 @@ class Loop:
         period = 1 / self.model.robot.control.rate
         length = self.config.duration if number else self.spec.random * self.recipe.dt + period
         config = settled(self.config.model_copy(update={"seed": self.config.seed + number, "duration": length}))
-        known = self._count()
+        known, self._goal = self._count(), config.goal
         self._trial = number
         if self.controller is not None:
             self.controller.pursue(config.goal)
             self.controller.reset()
+        self._random.reset()
         self._session = Session(config, self._file, lockstep=True, model=self.model, plan=self._plan)
         folder = self.folder / f"trial-{number:02d}"
         summary = self._session.run(folder)
@@ -158,6 +159,7 @@ class Loop:
         earned = self._rewards(folder)
         training, self._training = self._training, 0.0
         failures, self._failures = self._failures, 0
+        self._goal = config.goal
         total = float(earned.sum()) if summary.reward is None else summary.reward
         return Trial(number, known, total, earned, summary.cpu, training, failures)
 
@@ -200,6 +202,7 @@ class Loop:
             new = MpcController(self._learned, self.model, self._file)
             if self.controller is not None:
                 new.resume(self.controller)
+            new.pursue(self._goal)
             self.controller = new
         self._training += time.monotonic() - start
 

@@ -159,7 +159,7 @@ class Session:
         return PlanRequest(t, x, goal=self.progress.index, goal_time=t, **more)
 
     def _led(self) -> np.ndarray | None:
-        """Return the command since the last request, None where the safety gate changed it."""
+        """Return the command since the last request, None where the safety gate changed it, or no plan was followed."""
         commands, self._commands = self._commands, []
         if not commands or not np.isfinite(commands).all():
             return None
@@ -184,7 +184,7 @@ class Session:
             effort = np.zeros(self.robot.nq)
             effort[self.robot.command_index] = state.tau
             self.adapter.update(tick.t, state.q, state.v, effort)
-        self._commands.append(np.full_like(tick.command, np.nan) if tick.clamped else tick.command)
+        self._commands.append(np.full_like(tick.command, np.nan) if tick.clamped or tick.holding else tick.command)
         self._log.add(self._row(tick, tool, target))
         if self.loop.counts.ticks % _FLUSH == 0:
             self.flush()

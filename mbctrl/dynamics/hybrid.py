@@ -36,6 +36,9 @@ def gate_of(base: RigidBodyDynamics, learnt: Any, tool: Frame, distance: Any) ->
     return TipGate(base, contact, opening)
 
 
+_QUIETEST = 1e-6  # [rad/s] of what no impulse explains
+
+
 class Told(NamedTuple):
     """What transitions tell of an ensemble's last layer.
 
@@ -47,6 +50,11 @@ class Told(NamedTuple):
     features: Tensor
     off: Tensor
     variance: Tensor
+
+
+def _of(values: Tensor, member: Tensor) -> Tensor:
+    """Return each sample's member's (outputs, N) of ``values`` (E, outputs, N)."""
+    return values[member, :, torch.arange(len(member))].T
 
 
 class HybridDynamics:
@@ -151,14 +159,15 @@ class HybridDynamics:
         """Return what transitions from ``x`` (nx, N) under ``u`` (nu, N) to ``after`` (nx, N) tell networks with variances."""
         seen = self._sight(self.base, x, u)
         features = self._before_last(seen.inputs).flatten(0, 1)
-        own = self._spread.scale.square().mean() * self._outputs(seen.inputs)[1].mean(0)
+        own, scale = self._outputs(seen.inputs)[1].mean(0), self._spread.scale.square()
+        own = own * (scale if seen.answers is None else scale.mean())
         before = x if seen.after is None else seen.after
         missed = (after - before)[self.nq :] / (seen.gate.clamp(min=1e-6) * (self.dt / self.residual.dt))
         off = missed - seen.lifted(self._summed(seen.inputs))
         if seen.answers is None:
             return Told(seen.gate, features, off, own)
         # The impulse that explains it best, each joint's part of it as well as its noise lets it.
-        noise = self._spread.rest[0].clamp(min=1e-2 * float(self._spread.rest[0].max()))
+        noise = self._spread.rest[0].clamp(min=max(1e-2 * float(self._spread.rest[0].max()), _QUIETEST))
         answers, wanted = (seen.answers / noise[:, None]).permute(2, 0, 1), (off / noise).T[..., None]
         normal = answers.mT @ answers
         inverse = torch.linalg.inv(normal + 1e-9 * normal.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(3).to(normal))
@@ -177,17 +186,19 @@ class HybridDynamics:
     def drawn(self, x: Tensor, u: Tensor, member: Tensor | None, noise: Generator) -> Tensor:
         """Return a state (nx, N) one step after ``x`` under ``u``, drawn as a member of the ensemble says: its mean, its variance.
 
+        How far its mean is from that of all counts by the factor that ``deviation`` counts disagreement by.
+
         Args:
             member: (N,) which member's; None: means and variances of all are averaged.
             noise: of what is drawn.
         """
         seen = self._sight(self.base, x, u)
         mean, variance = self._outputs(seen.inputs)  # (E, outputs, N)
-        if member is None:
-            mean, variance = mean.mean(0), variance.mean(0)
-        else:
-            mean, variance = (values[member, :, torch.arange(len(member))].T for values in (mean, variance))
-        found = seen.lifted(self._gated(seen, mean))
+        middle, variance = mean.mean(0), variance.mean(0) if member is None else _of(variance, member)
+        found = self._gated(seen, seen.lifted(middle))
+        if member is not None:
+            apart = seen.lifted(_of(mean, member) - middle)
+            found = found + self._gated(seen, apart if self._spread is None else self._spread.scale * apart)
         if self._spread is not None:
             shape = {"generator": noise, "dtype": self.dtype, "device": self.device}
             deviation = variance.sqrt() * torch.randn(variance.shape, **shape)  # impulses, whose joint speeds are not independent

@@ -39,6 +39,8 @@ BASES = ("analytic", "identity")
 TARGETS = ("joints", "contact")
 FORMAT = 3
 """Version of the file's layout."""
+PLACE = ("tip", "radius", "surface", "half")
+"""Of a contact: where it is, whatever it is made of."""
 PHYSICS = ("mass", "com", "inertia", "armature", "damping", "friction")
 """What calibrations change of an arm, by its names in ``RigidTree``."""
 _VECTORS = ("input_mean", "input_scale", "output_scale")
@@ -158,6 +160,8 @@ class Residual:
         (w, b), n, scale = self.layers[-1], len(self.output_scale), self.output_scale
         w, b = w.astype(float), b.astype(float)
         alone = len(self.layers) == 1  # what goes in is the same for all
+        if alone:  # and is normalised first
+            weights, offsets = weights * self.input_scale, offsets + weights @ self.input_mean
         parts = np.repeat(weights[:, None] / self.members, self.members, 1) if alone else weights.reshape(n, self.members, -1)
         w[:, :n] += np.moveaxis(parts / scale[:, None, None] * self.members, 1, 0)
         b[:, :n] += offsets / scale
@@ -254,13 +258,19 @@ def load_residual(
     if residual.base == "analytic" and integrator not in (None, residual.integrator):
         raise SpecError(f"was learnt on top of '{residual.integrator}', found '{integrator}'", file=path, key="integrator")
     if residual.base == "analytic" and integrator is not None:
-        _check_contact(residual.contact, contact, path)
+        _check_contact(residual, contact, path)
     _check_physics(residual.physics, tree, path)
     return residual
 
 
-def _check_contact(learnt: ContactSpec | None, found: ContactSpec | None, path: str | Path) -> None:
-    """Refuse to add what was missed to physics that misses something else."""
+def _check_contact(residual: Residual, found: ContactSpec | None, path: str | Path) -> None:
+    """Refuse to add what was missed to physics that misses something else, or at another contact than terms look at."""
+    learnt = residual.contact
+    if residual.acts_on == "contact" and learnt is not None and found is not None:
+        for key in PLACE:
+            was, now = (getattr(contact, key) for contact in (learnt, found))
+            if was != now:
+                raise SpecError(f"acts on a contact with {key} {was}, found dynamics.contact.{key} {now}", file=path, key="contact")
     told = [
         "no contact" if contact is None or contact.stiffness == contact.damping == 0 else str(contact)
         for contact in (learnt, found)

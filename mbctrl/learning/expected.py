@@ -43,8 +43,10 @@ class Expected:
         return float(self.speeds[step - 1][chosen].mean()), float(self.inside[step - 1][chosen].mean()), count
 
     def band(self, step: int, kind: int) -> np.ndarray:
-        """Return the median and 95 % quantile (2,) [m] of the tool's error as expected, over all windows of a kind."""
-        return np.quantile(self.tool[step - 1][:, self.kind[step - 1] == kind], (0.5, 0.95), method="higher")
+        """Return the median and 95 % quantile (2,) [m] of the tool's error as expected, over all windows of a kind; NaN where
+        there are none."""
+        found = self.tool[step - 1][:, self.kind[step - 1] == kind]
+        return np.quantile(found, (0.5, 0.95), method="higher") if found.size else np.full(2, np.nan)
 
 
 @torch.no_grad()

@@ -44,8 +44,13 @@ class Exploration(ABC):
         self.low, self.high = self.middle + share * (low - self.middle), self.middle + share * (high - self.middle)
         self.rng, self._rows, self._dt, self._fence = rng, max(2, rows), dt, fence
         self._most, self._stepwise, self._pick = changes(robot, dt), stepwise(robot, dt), pick
+        self.refused = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew from wherever the robot is, at time 0."""
         self._last: np.ndarray | None = None
-        self.refused, self._row, self._until = 0, 0, -np.inf
+        self._row, self._until = 0, -np.inf
 
     @abstractmethod
     def wanted(self, t: float) -> np.ndarray:
@@ -111,7 +116,12 @@ class RandomCommands(Exploration):
         self, robot: Robot, share: float, held: float, dt: float, rng: np.random.Generator, fence: Fence | None = None
     ) -> None:
         super().__init__(robot, share, 1 + int(np.ceil(held / dt - 1e-6)), dt, rng, fence)
-        self._held, self._piece, self._command = held, -1, self.middle
+        self._held, self._command = held, self.middle
+
+    def reset(self) -> None:
+        """Begin anew, with a draw of its own."""
+        super().reset()
+        self._piece = -1
 
     def wanted(self, t: float) -> np.ndarray:
         """Return the command in force, of its own draw a piece."""

@@ -22,6 +22,7 @@ AHEAD = 1.5  # [s] of stopping that is looked at
 _STEP = 0.01  # [s] of it, at most
 _SERVO = 0.3  # of 1 / dt: how fast arms that take torques are servoed home
 _ENDS = 0.03  # of a joint's range, at either end, that is not used: an arm may be too weak to come away from a stop
+_STILL = 1e-3  # [rad/s] or [m/s]: as good as at rest
 _SETTLED = 0.25  # of the servo's energy may be left in the end
 _SPEED, _RATE = 0.3, 0.9  # a Panda's torque rates are met where its references move at three tenths of its speed limits
 
@@ -156,7 +157,7 @@ class Fence:
         k, mass = (one[:, None] for one in (self._gains[0], self._mass))
         q, v = (part[:, self._pick] for part in np.split(states, 2, axis=1))
         energy = (k * (q - self._home[self._pick, None]) ** 2 + mass * v**2).sum(1)
-        return energy[-1] <= _SETTLED * energy.max(0)
+        return energy[-1] <= np.maximum(_SETTLED * energy.max(0), _STILL**2 * mass.sum())
 
     def _rolled(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Return states (H+1, nx, C) from ``x`` (nx, C) under ``u`` (H, nu, C)."""

@@ -21,7 +21,7 @@ _MOST = 100  # steps of an epoch: more samples do not make training longer
 _STRETCH = 25  # plans in a row that are held out, or learnt from, together: neighbours are all but the same
 _HELD = 6  # of so many stretches one is held out
 _LEAST_ERROR = 1e-4  # of a knot's variance: less is as good
-_LEAST = 60  # plans that anything can be learnt from
+LEAST = 60  # plans that anything can be learnt from
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def imitate(inputs: np.ndarray, knots: np.ndarray, seed: int, tell: Callable[[in
     Errors:
         LearningError: for too few plans, and for those that are no numbers.
     """
-    if len(inputs) < _LEAST:
-        raise LearningError(f"expected at least {_LEAST} plans to imitate, found {len(inputs)}")
+    if len(inputs) < LEAST:
+        raise LearningError(f"expected at least {LEAST} plans to imitate, found {len(inputs)}")
     if not (np.isfinite(inputs).all() and np.isfinite(knots).all()):
         raise LearningError("plans to imitate hold numbers that are not finite")
     held = np.arange(len(inputs)) // min(_STRETCH, len(inputs) // _HELD) % _HELD == _HELD - 2

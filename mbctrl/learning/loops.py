@@ -61,6 +61,10 @@ class LearnSpec(Spec):
             raise ValueError(
                 f"band: {'is of' if self.band else 'missing; is needed by'} explore excitation, found explore {self.explore}"
             )
+        if self.explore == "excitation" and "hold" in self.model_fields_set:
+            raise ValueError("hold: is of explore random, found explore excitation")
+        if self.box is not None and not self.random:
+            raise ValueError("box: is for random steps, found random 0; planned trials are kept by the task's terms")
         return self
 
 
@@ -75,6 +79,8 @@ def load_loop(file: str | Path, config: RunConfig) -> tuple[LearnSpec, LearningR
         SpecError: naming file and key.
     """
     data = load_yaml(file)
+    if config.adapt is not None and config.adapt.kind == "model":
+        raise SpecError("kind model keeps up a model that is there already; expected none of a loop's", file=file, key="adapt")
     if "learn" not in data:
         raise SpecError("missing; this scenario does not say how it learns", file=file, key="learn")
     spec = validate(LearnSpec, data["learn"], file, "learn")

@@ -84,7 +84,7 @@ def concatenated(first: Samples, second: Samples) -> Samples:
 
 
 def samples_of(transitions: Transitions, model: Model, recipe: LearningRecipe) -> Samples:
-    """Return what is learnt from transitions: those whose gate is above 0.
+    """Return what is learnt from transitions: those whose gate is above 0, of networks of a contact a little farther away, too.
 
     Errors:
         TransitionError: for targets that are no numbers, with file, row and joint.

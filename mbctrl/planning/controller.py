@@ -84,6 +84,12 @@ class MpcController(Mpc):
             policy = load_policy(named_file(spec.policy, file, "planner.policy"), self.place)
         super().__init__(config, robot, planner, self.backend.array, self.backend.rollout, self._tool_paths, policy=policy)
 
+    def reset(self) -> None:
+        """Forget every plan, and what was learnt meanwhile; the next plan starts from the command then in force."""
+        super().reset()
+        if self._keeper is not None:
+            self.backend.weigh(self._keeper.reset())
+
     def plan(self, request: PlanRequest) -> Plan:
         """Return the next plan."""
         with torch.inference_mode():
@@ -107,8 +113,9 @@ class MpcController(Mpc):
 def place_of(config: RunConfig, model: Model, knots: Knots) -> Place:
     """Return where a policy of a run's plans is to be used."""
     robot, tree, goals = model.robot, model.tree, goals_of(config)
+    frame = getattr(config.goal, "frame", None)
     asked = Asked(
-        config.goal.kind,
+        config.goal.kind if frame is None else f"{config.goal.kind} of {frame}",
         any(goal.position for goal in goals),
         any(goal.rotation for goal in goals),
         any(goal.joints for goal in goals),

@@ -17,7 +17,7 @@ from mbctrl.dynamics.hybrid import HybridDynamics
 from mbctrl.dynamics.last_layer import LastLayer
 from mbctrl.dynamics.likeliest import Likeliest
 from mbctrl.dynamics.load import Model
-from mbctrl.dynamics.residual import Residual
+from mbctrl.dynamics.residual import PLACE, Residual
 from mbctrl.planning.backends import analytic_of, hybrid_of, learned_of
 
 _SHARE = 0.5
@@ -26,7 +26,6 @@ payload of 1 kg that nobody told of, and without it, at 0 / 0.1 / 0.5 / 1 / 3 (a
 and 0.22 / 0.21 / 0.15 / 0.14 / 0.21 N."""
 _EVERY = 5  # transitions taken at a time: one costs as much as many
 _ITS_OWN = ("layers", "input_mean", "input_scale", "output_scale", "spread", "contact", "physics", "seed", "versions")
-_PLACE = ("tip", "radius", "surface", "half")  # of a contact; its numbers were held against the run's already
 
 
 class Keeper:
@@ -40,11 +39,17 @@ class Keeper:
     """
 
     def __init__(self, models: Sequence[HybridDynamics], last_layer: bool, memory: int, margin: float) -> None:
-        self._models, self._dt = models, models[0].dt
-        self._likeliest = Likeliest(models, memory, margin) if len(models) > 1 else None
-        self._layers = [LastLayer(model, _SHARE, memory) for model in models] if last_layer else []
+        self._models, self._dt, self._last_layer, self._memory, self._margin = models, models[0].dt, last_layer, memory, margin
+        self.reset()
+
+    def reset(self) -> Residual:
+        """Forget everything; return the run's own model."""
+        models, memory = self._models, self._memory
+        self._likeliest = Likeliest(models, memory, self._margin) if len(models) > 1 else None
+        self._layers = [LastLayer(model, _SHARE, memory) for model in models] if self._last_layer else []
         self._before: PlanRequest | None = None
         self._new: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        return models[0].residual
 
     @property
     def best(self) -> int:
@@ -93,6 +98,8 @@ def keeper_of(config: RunConfig, model: Model, file: str | Path | None = None) -
     if abs(config.loop.rate * dynamics.dt - 1) > 1e-6:
         found = f"{config.loop.rate:g} Hz"
         raise SpecError(f"kind model needs a plan each step of {dynamics.dt:g} s, found {found}", file=file, key="adapt")
+    if config.loop.feedback_stiffness is not None or config.loop.feedback_damping is not None:
+        raise SpecError("kind model does not know what loop.feedback_… gains add to plans; expected none", file=file, key="adapt")
     if spec.last_layer and config.planner.risk.kind != "expectation":
         found = config.planner.risk.kind
         raise SpecError(f"needs planner.risk.kind expectation, found {found}", file=file, key="adapt.last_layer")
@@ -101,7 +108,7 @@ def keeper_of(config: RunConfig, model: Model, file: str | Path | None = None) -
         for field in fields(Residual):
             if field.name not in _ITS_OWN and getattr(other.residual, field.name) != getattr(own.residual, field.name):
                 raise SpecError(f"{field.name} is not as in dynamics.residual", file=file, key=f"adapt.models: {name}")
-        places = [one.contact and [getattr(one.contact, key) for key in _PLACE] for one in (own.residual, other.residual)]
+        places = [one.contact and [getattr(one.contact, key) for key in PLACE] for one in (own.residual, other.residual)]
         if places[0] != places[1]:
             raise SpecError(f"contact is not as in dynamics.residual: {places[1]}", file=file, key=f"adapt.models: {name}")
         shapes = [[(w.shape, b.shape) for w, b in one.residual.layers] for one in (own, other)]

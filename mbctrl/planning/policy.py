@@ -35,7 +35,7 @@ _KNOTS = ("count", "steps", "dt", "interpolation", "at")
 
 @dataclass(frozen=True)
 class Asked:
-    """What of its goal a policy sees: the goal's ``kind``, whether it has a ``position``, a ``rotation``, ``joints``, and how many
+    """What of its goal a policy sees: the goal's ``kind`` (and of which frame), whether it has a ``position``, a ``rotation``, ``joints``, and how many
     ``obstacles`` there are."""
 
     kind: str

@@ -24,6 +24,7 @@ _REST = 0.02  # [rad/s]
 # follows over 30 ms overshoots by some 20 ms times the acceleration that the reference had when it came to its speed.
 _SPEED_SHARE, _SPEED_SHARE_OF_POSITIONS = 0.95, 0.9
 _FIRM = 8.0  # [rad/s²], for references to an arm that follows positions and names no limit: none could follow a step of speed
+_WAY = 8  # postures on the way to a policy's first reference that are looked at
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Guard(Guarding):
         """Return whether a plan may be followed: finite, not of diverged samples only, clear of everything.
 
         A policy's plan in place of diverged samples counts as diverged, too, but may bridge the time until that is one too many:
-        where it says postures, which are as clear.
+        where it says postures, which are as clear, the way there included. Not on arms that follow positions: those are sent the
+        positions a plan expects, and a policy's references would be a step from them.
         """
         if not (np.isfinite(plan.u).all() and (plan.x is None or np.isfinite(plan.x).all())):
             self.counts["non-finite plan"] += 1
@@ -121,25 +123,28 @@ class Guard(Guarding):
             return False
         self._plan_faults = 0
         postures = self._postures(plan)
-        if not np.isfinite(plan.info.get("best", 0.0)):
+        diverged = not np.isfinite(plan.info.get("best", 0.0))
+        self._diverged = self._diverged + 1 if diverged else 0
+        if diverged and (not plan.info.get("fallback") or postures is None or self._position):
             self.counts["diverged plan"] += 1
-            self._diverged += 1
-            if not plan.info.get("fallback") or postures is None:
-                return False
-        else:
-            self._diverged = 0
+            return False
         if self.watch is not None and postures is not None:
             rows = postures[:: max(1, len(postures) // 16)]
-            if self.watch.clearance(rows[-32:]) < self.settings.plan_clearance:
+            if not self.watch.clearance(rows[:32]) >= self.settings.plan_clearance:
                 self.counts["plan too near"] += 1
                 return False
+        self.counts["policy's plan followed"] += diverged
         return True
 
     def _postures(self, plan: Plan) -> np.ndarray | None:
-        """Return the postures (T, nq) a plan leads through: as it expects, else its references; None: torques say none."""
+        """Return the postures (T, nq) a plan leads through: as it expects, else from where the arm is to its references and
+        along them; None: torques say none."""
         if plan.x is not None:
             return plan.x[:, : self.robot.nq]
-        return plan.u[:, np.argsort(self._pick)] if self._impedance and self.robot.nu == self.robot.nq else None
+        if not self._impedance or self.robot.nu != self.robot.nq or self._newest is None:
+            return None
+        references = plan.u[:, np.argsort(self._pick)]
+        return np.concatenate((np.linspace(self._newest[0].q, references[0], _WAY, endpoint=False), references))
 
     def refusals(self, joints: tuple[str, ...] | None = None) -> list[str]:
         """Return why the arm may not be armed now, one text each."""

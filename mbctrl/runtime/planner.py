@@ -12,6 +12,7 @@ import numpy as np
 from mbctrl.base.config import RunConfig
 from mbctrl.base.errors import BundleError
 from mbctrl.base.extras import need
+from mbctrl.base.scene import PoseGoal
 from mbctrl.kernels.trace import Goal, Traced
 from mbctrl.planning.knots import Knots
 from mbctrl.planning.mpc import Mpc, command_bounds
@@ -71,9 +72,9 @@ def _policy(bundle: Bundle, config: RunConfig) -> Any:
     """
     if POLICY not in bundle.files:
         return None
-    known, kind = bundle.config.goal.kind, config.goal.kind
-    if kind != known:
-        logger.warning("%s: the policy knows goal.kind: %s, found %s; planning without it", bundle.folder, known, kind)
+    known, found = (_asks(one) for one in (bundle.config, config))
+    if found != known:
+        logger.warning("%s: the policy knows goals of %s, found %s; planning without it", bundle.folder, known, found)
         return None
     need("onnxruntime", "deploy", "a policy")
     from mbctrl.runtime.onnx_planner import OnnxPolicy
@@ -143,6 +144,13 @@ def _kernel(bundle: Bundle, config: RunConfig, rule: Any, knots: Knots, sigma: n
         return dynamics.with_dt(dt).rollout(np.repeat(x[:, None], commands.shape[2], 1), commands)
 
     return Mpc(config, bundle.robot, planner, engine.array, rollout)
+
+
+def _asks(config: RunConfig) -> str:
+    """Return what a policy has to see of a run's goal."""
+    goal = config.goal
+    targets = goal.targets if isinstance(goal, PoseGoal) else (goal,)
+    return goal.kind + " with rpy" * any(getattr(target, "rpy", None) is not None for target in targets)
 
 
 def golden_cases(bundle: Bundle) -> list[tuple[PlannerState, np.ndarray, Parameters, dict[str, np.ndarray]]]:
