@@ -35,8 +35,8 @@ _KNOTS = ("count", "steps", "dt", "interpolation", "at")
 
 @dataclass(frozen=True)
 class Asked:
-    """What of its goal a policy sees: the goal's ``kind`` (and of which frame), whether it has a ``position``, a ``rotation``, ``joints``, and how many
-    ``obstacles`` there are."""
+    """What of its goal a policy sees: the goal's ``kind`` (and of which frame), whether it has a ``position``, a ``rotation``,
+    ``joints``, and how many ``obstacles`` there are."""
 
     kind: str
     position: bool
