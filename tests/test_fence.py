@@ -19,7 +19,8 @@ from mbctrl.dynamics.load import load_model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
 from mbctrl.dynamics.simulator import SimulatorDynamics
 from mbctrl.learning.explore import Excitation, Exploration, RandomCommands
-from mbctrl.learning.fence import BoxSpec, Fence
+from mbctrl.learning.fence import Fence
+from mbctrl.learning.loops import BoxSpec
 from mbctrl.planning.backends import faster
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbctrl.base.config import RobotSpec, RunConfig, settled
+from mbctrl.base.config import RobotSpec, RunConfig
 from mbctrl.base.errors import GoalError, SpecError
 from mbctrl.base.parameters import load_parameters
 from mbctrl.base.scene import MOVING, JointGoal, ObjectPoseGoal, PoseGoal
@@ -41,7 +41,7 @@ def _load(robot: str, parameters: str | None, file: Path, key: str) -> Model:
 
 def build_controller(config: RunConfig, file: Path, model: Model | None = None, warm: bool = False) -> MpcController:
     """Build the run's controller."""
-    controller = MpcController(settled(config), model or load_run_model(config, file), file)
+    controller = MpcController(config, model or load_run_model(config, file), file)
     if warm:
         controller.warm()
     return controller

@@ -159,7 +159,7 @@ class Loop:
         earned = self._rewards(folder)
         training, self._training = self._training, 0.0
         failures, self._failures = self._failures, 0
-        self._goal = config.goal
+        self._goal = settled(config).goal
         total = float(earned.sum()) if summary.reward is None else summary.reward
         return Trial(number, known, total, earned, summary.cpu, training, failures)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mbctrl import __version__
-from mbctrl.base.config import RobotSpec, RunConfig, settled
+from mbctrl.base.config import RobotSpec, RunConfig
 from mbctrl.base.errors import SpecError
 from mbctrl.base.scene import JointGoal
 from mbctrl.base.spec import dump_yaml
@@ -82,7 +82,7 @@ def export_bundle(
     plain = config.dynamics.model_copy(update={"backend": "torch", "device": "cpu"})
     if config.dynamics.backend == "mujoco":
         plain = config.dynamics
-    controller = MpcController(settled(config.model_copy(update={"dynamics": plain})), model, file)
+    controller = MpcController(config.model_copy(update={"dynamics": plain}), model, file)
     refuse(controller)
     _write(folder, None)
     graphs = PlannerGraphs(controller, say)

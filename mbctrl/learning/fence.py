@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from mbctrl.base.errors import SpecError
 from mbctrl.base.robot import Robot
-from mbctrl.base.scene import Point
-from mbctrl.base.spec import Number, Spec
 from mbctrl.dynamics.gate import gate_capsules
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.rigid_body import RigidBodyDynamics
+from mbctrl.learning.loops import BoxSpec
 
 AHEAD = 1.5  # [s] of stopping that is looked at
 _STEP = 0.01  # [s] of it, at most
@@ -25,21 +23,6 @@ _ENDS = 0.03  # of a joint's range, at either end, that is not used: an arm may 
 _STILL = 1e-3  # [rad/s] or [m/s]: as good as at rest
 _SETTLED = 0.25  # of the servo's energy may be left in the end
 _SPEED, _RATE = 0.3, 0.9  # a Panda's torque rates are met where its references move at three tenths of its speed limits
-
-
-class BoxSpec(Spec):
-    """A box in the world between two corners; ``margin`` of it is kept for what looking ahead does not know."""
-
-    low: Point  # [m]
-    high: Point  # [m]
-    margin: Annotated[Number, Field(ge=0)] = 0.02  # [m]
-
-    @model_validator(mode="after")
-    def _order(self) -> BoxSpec:
-        for axis, low, high in zip("xyz", self.low, self.high):
-            if not low + 2 * self.margin < high:
-                raise ValueError(f"nothing is left along {axis} between {low:g} and {high:g} m, {self.margin:g} m off each")
-        return self
 
 
 class Fence:

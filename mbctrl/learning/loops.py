@@ -11,11 +11,26 @@ from pydantic import Field, model_validator
 from mbctrl.base.config import Count, RiskSpec, RunConfig
 from mbctrl.base.errors import SpecError
 from mbctrl.base.robot import Positive
+from mbctrl.base.scene import Point
 from mbctrl.base.spec import Number, Spec, load_yaml, validate
-from mbctrl.learning.fence import BoxSpec
 from mbctrl.learning.recipe import LearningRecipe, load_learning_recipe
 
 _TAKEN = ("robot", "dt", "integrator")  # the scenario says these
+
+
+class BoxSpec(Spec):
+    """A box in the world between two corners; ``margin`` of it is kept for what looking ahead does not know."""
+
+    low: Point  # [m]
+    high: Point  # [m]
+    margin: Annotated[Number, Field(ge=0)] = 0.02  # [m]
+
+    @model_validator(mode="after")
+    def _order(self) -> BoxSpec:
+        for axis, low, high in zip("xyz", self.low, self.high):
+            if not low + 2 * self.margin < high:
+                raise ValueError(f"nothing is left along {axis} between {low:g} and {high:g} m, {self.margin:g} m off each")
+        return self
 
 
 class LearnSpec(Spec):

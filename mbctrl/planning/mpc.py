@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mbctrl.base.config import RunConfig
+from mbctrl.base.config import RunConfig, settled
 from mbctrl.base.plan import Plan, PlanFollower, PlanRequest
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import MOVING, Goal, JointGoal, ObjectPoseGoal, PoseGoal, Target
@@ -46,6 +46,7 @@ class Mpc:
         step: float = 0.01,
         policy: Callable[[np.ndarray, Parameters], np.ndarray] | None = None,
     ) -> None:
+        config = settled(config)
         self.config, self.robot, self.planner, self.knots = config, robot, planner, planner.knots
         self._array, self._rollout_model, self._paths, self._step = array, rollout, paths, step
         self.policy = policy
