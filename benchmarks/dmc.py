@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from _common import Say, row
 from _dmc import EPISODES, Job, played
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """What others reach on a task: an accurate model with a small CEM, one seed or two, and TD-MPC2 after 100,000 and 1,000,000
     steps (Hansen et al., "TD-MPC2: Scalable, robust world models for continuous control", 2024)."""
 

@@ -235,6 +235,23 @@ def test_bench_prints_json_and_nothing_else(tmp_path):
     assert result.returncode == 0 and all(set(row) == {"name", "value", "unit", "bar", "op"} for row in rows)
 
 
+def test_every_bench_loads(tmp_path):
+    code = """
+import importlib.util, pathlib, sys, mbctrl
+folder = pathlib.Path(mbctrl.__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(folder))
+for path in sorted(folder.glob("*.py")):
+    if not path.stem.startswith("_"):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert callable(module.rows), path
+        print(path.stem)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "dmc" in result.stdout.split(), result.stderr
+
+
 def test_unknown_bench(capsys):
     assert main(["bench", "mainjo"]) == 2
     assert "mainjob" in capsys.readouterr().err
