@@ -80,7 +80,7 @@ def evaluate(
     from mbctrl.base.config import RobotSpec
     from mbctrl.cli.build import load_arm
     from mbctrl.dynamics.residual import load_residual, peek
-    from mbctrl.learning.evaluate import coverage, gates_over, tool_of, windows_of
+    from mbctrl.learning.evaluate import FEWEST, coverage, gates_over, tool_of, windows_of
     from mbctrl.learning.expected import expected
     from mbctrl.learning.report import Evaluation, write_report
     from mbctrl.learning.samples import learned_model
@@ -111,6 +111,8 @@ def evaluate(
     write_report(out / "report.html", seen)
     _screen(errors)
     for group in seen.coverage:
+        if group.count < FEWEST:
+            continue
         shares = ", ".join(f"{100 * share:.0f}" for share in group.inside)
         console.print(f"90 % intervals hold [%], {group.group}: {shares}", highlight=False, markup=False, soft_wrap=True)
     _ahead(seen.expected)
@@ -120,13 +122,15 @@ def evaluate(
 
 def _ahead(every: Sequence[Expected], steps: int = 25) -> None:
     """Print what intervals of the first way hold some steps ahead."""
-    from mbctrl.learning.evaluate import KINDS
+    from mbctrl.learning.evaluate import FEWEST, KINDS
 
     for one in every[:1]:
         found = [(kind, *one.covered(steps, k)) for k, kind in enumerate(KINDS)]
-        told = ", ".join(f"{kind} {100 * speeds:.0f} and {100 * tool:.0f}" for kind, speeds, tool, count in found if count)
+        told = ", ".join(
+            f"{kind} {100 * speeds:.0f} and {100 * tool:.0f}" for kind, speeds, tool, count in found if count >= FEWEST
+        )
         what = f"90 % intervals {steps} steps ahead ({one.way}) hold [%] of speeds and tool"
-        console.print(f"{what}: {told or 'no stretch is that long'}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{what}: {told or 'too few stretches are that long'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _needs(logs: Sequence[str], purpose: str) -> None:

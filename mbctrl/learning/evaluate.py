@@ -17,6 +17,8 @@ from mbctrl.learning.transitions import Transitions
 
 HORIZONS = (1, 5, 10, 25, 50)
 """Steps ahead that tables show."""
+FEWEST = 10
+"""Transitions or stretches that a share is worth saying of."""
 KINDS = ("free", "impact", "in contact")
 """What a stretch of steps is: without contact, with contact that begins or ends, all in contact."""
 

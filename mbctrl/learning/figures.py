@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from mbctrl.calibrate.drawing import GREY, SERIES, SHADE, legend, styled, svg
-from mbctrl.learning.evaluate import KINDS, Errors
+from mbctrl.learning.evaluate import FEWEST, KINDS, Errors
 from mbctrl.learning.expected import Expected
 
-_FEWEST = 10  # windows a quantile is drawn from
 _SMALLEST = 1e-4  # [mm]: what is below is drawn there
 
 
@@ -25,7 +24,7 @@ def draw_compounding(errors: Sequence[Errors], dt: float, expected: Expected | N
         panels = figure.subplots(1, len(KINDS), sharey=True)
         for k, (axes, kind) in enumerate(zip(panels, KINDS)):
             for one, colour in zip(errors, SERIES):
-                steps = [step for step in range(1, len(one.tool) + 1) if (one.kind[step - 1] == k).sum() >= _FEWEST]
+                steps = [step for step in range(1, len(one.tool) + 1) if (one.kind[step - 1] == k).sum() >= FEWEST]
                 if not steps:
                     continue
                 middle, high = np.array([one.summary(step, k)[0][-1] for step in steps]).T * 1e3

@@ -15,7 +15,7 @@ from mbctrl.base.files import write_whole
 from mbctrl.dynamics.load import Model
 from mbctrl.dynamics.residual import Residual
 from mbctrl.learning import figures
-from mbctrl.learning.evaluate import HORIZONS, KINDS, Coverage, Errors
+from mbctrl.learning.evaluate import FEWEST, HORIZONS, KINDS, Coverage, Errors
 from mbctrl.learning.expected import Expected
 from mbctrl.learning.transitions import Transitions
 
@@ -88,7 +88,7 @@ def warnings(seen: Evaluation) -> list[str]:
         joints = [
             f"{joint} {100 * share:.0f} %" for joint, share in zip(seen.arm.robot.joints, group.inside) if not 0.8 <= share <= 0.97
         ]
-        if joints:
+        if joints and group.count >= FEWEST:
             found.append(f"90 % intervals, {group.group}: outside 80 to 97 % for {', '.join(joints)}")
     for one in seen.errors:
         lost = int(np.isinf(one.tool[one.kind >= 0]).sum())
@@ -166,7 +166,7 @@ def _ahead(seen: Evaluation) -> list[dict[str, Any]]:
     for k, kind in enumerate(KINDS):
         for step in HORIZONS:
             found = [one.covered(step, k) for one in seen.expected]
-            if found and found[0][2]:
+            if found and found[0][2] >= FEWEST:
                 cells = [(f"{100 * speeds:.0f}", f"{100 * tool:.0f}") for speeds, tool, _ in found]
                 rows.append({"kind": kind, "steps": step, "count": found[0][2], "cells": cells})
     return rows
@@ -193,7 +193,7 @@ def _joints(seen: Evaluation, kind: int) -> list[dict[str, Any]]:
 
 
 def _figures(seen: Evaluation) -> dict[str, Any]:
-    groups = [(group.group, group.inside) for group in seen.coverage]
+    groups = [(group.group, group.inside) for group in seen.coverage if group.count >= FEWEST]
     return {
         "compounding": figures.draw_compounding(seen.errors, seen.residual.dt, next(iter(seen.expected), None)),
         "gate": "" if seen.gates is None else figures.draw_gate(*seen.gates, seen.tool),
