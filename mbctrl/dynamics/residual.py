@@ -13,21 +13,17 @@ With ``base`` identity there is no physics: ``v' = v + S mean_e r_e(e(x, u))``, 
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field
 
 from mbctrl.base.config import ContactSpec
 from mbctrl.base.errors import SpecError, suggest
-from mbctrl.base.files import write_whole
+from mbctrl.base.npz import read_arrays, write_arrays
 from mbctrl.base.robot import Robot
 from mbctrl.base.scene import Obstacle
 from mbctrl.base.spec import Spec, validate
@@ -206,14 +202,12 @@ class Residual:
             "versions": dict(self.versions),
             "surfaces": [surface.model_dump(mode="json") for surface in self.surfaces],
         }
-        data = io.BytesIO()
-        np.savez_compressed(data, about=np.array(json.dumps(about)), **arrays)
-        write_whole(path, data.getvalue())
+        write_arrays(path, about, arrays)
 
 
 def peek(path: str | Path) -> tuple[str, float]:
     """Return whose a learned model is and its time step [s]; SpecError for a file that is none."""
-    about, arrays = read_arrays(path)
+    about, arrays = read_arrays(path, "learned model")
     if not isinstance(about.get("robot"), str) or "dt" not in arrays or arrays["dt"].shape:
         raise SpecError("is no learned model", file=path)
     return about["robot"], float(arrays["dt"])
@@ -241,7 +235,7 @@ def load_residual(
         SpecError: for a file that is none, of another format, of another arm, learnt on top of other physics, or whose numbers
             are none.
     """
-    about, arrays = read_arrays(path)
+    about, arrays = read_arrays(path, "learned model")
     if about.get("format") != FORMAT:
         raise SpecError(f"expected format {FORMAT}, found {about.get('format')}", file=path, key="format")
     if about.get("robot") != robot.name:
@@ -296,28 +290,6 @@ def _check_physics(learnt: Mapping[str, np.ndarray], tree: RigidTree, path: str 
             was, now = (values.reshape(tree.n, -1)[i, k] for values in (expected, found))
             told = f"was learnt on top of other parameters of the robot: {name} of {tree.joints[i]} {was:.6g}, found {now:.6g}"
             raise SpecError(told, file=path, key="physics")
-
-
-def read_arrays(path: str | Path, what: str = "learned model") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what a file of numbers says of itself, and its arrays by name; ``what`` it should be.
-
-    Errors:
-        SpecError: for a file that is none, and for numbers that are none.
-    """
-    try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-            about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        raise SpecError(f"is no {what}: {error}", file=path) from None
-    if not isinstance(about, dict):
-        raise SpecError(f"is no {what}", file=path)
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiu":
-            raise SpecError(f"expected numbers, found {array.dtype}", file=path, key=name)
-        if not np.isfinite(array).all():
-            raise SpecError("holds numbers that are not finite", file=path, key=name)
-    return about, arrays
 
 
 def _built(about: dict[str, Any], arrays: dict[str, np.ndarray], path: str | Path) -> Residual:

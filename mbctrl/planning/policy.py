@@ -7,8 +7,6 @@ and Structured Prediction to No-Regret Online Learning", 2011). Here it gives a 
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mbctrl.base.errors import SpecError
-from mbctrl.base.files import write_whole
-from mbctrl.dynamics.residual import ACTIVATIONS, read_arrays
+from mbctrl.base.npz import read_arrays, write_arrays
+from mbctrl.dynamics.residual import ACTIVATIONS
 from mbctrl.planning.arrays import Array, like, namespace
 from mbctrl.planning.chain import Chain
 from mbctrl.planning.knots import Knots
@@ -161,20 +159,8 @@ class Policy:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         for k, (w, b) in enumerate(self.layers):
             arrays[f"w{k}"], arrays[f"b{k}"] = w, b
-        about = {
-            "format": FORMAT,
-            "robot": self.robot,
-            "joints": list(self.joints),
-            "goal": asdict(self.sees.asked),
-            "knots": {key: getattr(self.knots, key) for key in _KNOTS},
-            "references": self.follows is not None,
-            "activation": self.activation,
-            "seed": self.seed,
-            "versions": dict(self.versions),
-        }
-        data = io.BytesIO()
-        np.savez_compressed(data, about=np.array(json.dumps(about)), **arrays)
-        write_whole(path, data.getvalue())
+        more = {"activation": self.activation, "seed": self.seed, "versions": dict(self.versions)}
+        write_arrays(path, _where(self) | more, arrays)
 
 
 @dataclass(frozen=True)
@@ -195,6 +181,18 @@ class Place:
         return Policy(**trained, **{part.name: getattr(self, part.name) for part in fields(self)})
 
 
+def _where(place: Place | Policy) -> dict[str, Any]:
+    """Return what a file says of where its policy is to be used, in JSON's types."""
+    return {
+        "format": FORMAT,
+        "robot": place.robot,
+        "joints": list(place.joints),
+        "goal": asdict(place.sees.asked),
+        "knots": {key: getattr(place.knots, key) for key in _KNOTS},
+        "references": place.follows is not None,
+    }
+
+
 def load_policy(path: str | Path, place: Place) -> Policy:
     """Load a policy.
 
@@ -204,15 +202,7 @@ def load_policy(path: str | Path, place: Place) -> Policy:
     about, arrays = read_arrays(path, "policy")
     if "goal" not in about or "knots" not in about:
         raise SpecError("is no policy; mbctrl distil makes one", file=path)
-    expected = {
-        "format": FORMAT,
-        "robot": place.robot,
-        "joints": list(place.joints),
-        "goal": asdict(place.sees.asked),
-        "knots": {key: getattr(place.knots, key) for key in _KNOTS},
-        "references": place.follows is not None,
-    }
-    for key, value in expected.items():
+    for key, value in _where(place).items():
         if about.get(key) != value:
             raise SpecError(f"expected {value}, found {about.get(key)}", file=path, key=key)
     if about.get("activation") not in ACTIVATIONS:
