@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from _runs import alone
 
-from mbctrl.base.config import RunConfig, load_run
+from mbctrl.base.config import load_run
 from mbctrl.cli.loops import Loop
 from mbctrl.cli.session import Session
 from mbctrl.learning.loops import load_loop
@@ -22,7 +23,7 @@ def played(job: Job) -> float | list[tuple[int, float]]:
     torch.set_num_threads(1)
     name, seed, steps = job
     config, file = load_run(name)
-    config = _alone(config, seed)
+    config = alone(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         if steps is None:
@@ -32,7 +33,3 @@ def played(job: Job) -> float | list[tuple[int, float]]:
         trials = -(-(steps - spec.random) // a_trial) + EPISODES
         found = Loop(config, file, spec.model_copy(update={"trials": trials}), recipe, out).run()
         return [(spec.random + a_trial * (trial.number - 1), trial.reward) for trial in found[1:]]
-
-
-def _alone(config: RunConfig, seed: int) -> RunConfig:
-    return config.model_copy(update={"seed": seed, "dynamics": config.dynamics.model_copy(update={"threads": 1})})

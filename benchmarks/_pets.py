@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _runs import alone
 
 from mbctrl.base.config import RunConfig, load_run
 from mbctrl.base.logs import read_log
@@ -27,8 +28,7 @@ def learned(job: tuple[str, int, bool]) -> tuple[list[float], np.ndarray]:
     torch.set_num_threads(1)
     name, seed, encode = job
     config, file = load_run(name)
-    dynamics = config.dynamics.model_copy(update={"threads": 1})
-    config = config.model_copy(update={"seed": seed, "dynamics": dynamics})
+    config = alone(config, seed)
     spec, recipe = load_loop(file, config)
     network = recipe.network.model_copy(update={"encode_angles": encode})
     recipe = recipe.model_copy(update={"network": network})
@@ -48,8 +48,7 @@ def driven(job: tuple[str, int, bool]) -> tuple[list[float], list[float]]:
     torch.set_num_threads(1)
     name, seed, learns = job
     config, file = load_run(name)
-    dynamics = config.dynamics.model_copy(update={"threads": 1})
-    config = config.model_copy(update={"seed": seed, "dynamics": dynamics})
+    config = alone(config, seed)
     spec, recipe = load_loop(file, config)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

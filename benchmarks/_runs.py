@@ -31,6 +31,11 @@ class Job:
     spring: float | None = None
 
 
+def alone(config: RunConfig, seed: int) -> RunConfig:
+    """Return a run with another seed, planned on one thread: there is a process a core."""
+    return config.model_copy(update={"seed": seed, "dynamics": config.dynamics.model_copy(update={"threads": 1})})
+
+
 def logged(job: Job) -> tuple[Session, Log, Log]:
     """Run with one thread; return what ran, its log and its plans."""
     with tempfile.TemporaryDirectory() as folder:

@@ -247,7 +247,7 @@ def test_the_policy_is_followed_where_no_cost_is_finite_and_only_there(scenario:
     good = controller.plan(request)
     assert good.info["fallback"] == 0 and good.x is not None
     controller.reset()
-    controller.planner.search = nothing_finite(controller.planner.search)  # type: ignore[method-assign, assignment]
+    controller.planner.search = nothing_finite(controller.planner.search)  # type: ignore[method-assign, assignment]  # a planted fault
     plan = controller.plan(request)
     parameters = on_host(controller.parameters(request, np.zeros(controller.robot.nu)))
     wanted = controller._spread @ controller.policy(x, parameters)
@@ -327,7 +327,7 @@ def test_a_bundle_brings_its_policy(engine: str, bundle: Path) -> None:
         state, result = iterate(*given)
         return state, replace(result, figures=result.figures._replace(best=np.inf))
 
-    mpc.planner.iterate = diverged  # type: ignore[method-assign]
+    mpc.planner.iterate = diverged  # type: ignore[method-assign]  # a planted fault
     plan = mpc.plan(request)
     proposed = mpc.policy(x, mpc.parameters(request, np.zeros(1)))
     np.testing.assert_allclose(plan.u, (mpc._spread @ proposed).clip(*mpc._bounds), atol=1e-6)
