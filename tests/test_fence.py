@@ -104,11 +104,7 @@ def test_a_tool_in_the_margin_goes_no_further() -> None:
         ({"box": {"low": [-2.0] * 3, "high": [0.0, 2.0, 2.0]}}, r"learn.box: expected the tool at home inside"),
         ({"box": {"low": [1.0, -2.0, -2.0], "high": [-1.0, 2.0, 2.0]}}, r"learn.box: nothing is left along x between 1 and -1 m"),
         ({"box": {"low": [-2.0] * 3, "high": [2.0] * 3, "margn": 0.1}}, r"learn.box.margn: unknown key"),
-        (
-            {"explore": "excitation"},
-            "learn: band: missing; is needed by explore excitation",
-        ),
-        ({"band": 0.5}, "learn: band: is of explore excitation, found explore random"),
+        ({"band": 0.5, "hold": 2}, "learn: hold: is of uniform commands, found band"),
     ],
 )
 def test_boxes_and_bands_that_make_no_sense_are_refused_by_key(tmp_path: Path, learn: dict[str, Any], message: str) -> None:

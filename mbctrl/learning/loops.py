@@ -41,7 +41,7 @@ class LearnSpec(Spec):
     steps (``every``) while a trial goes on.
 
     ``random`` steps of the model come first, with commands from ``share`` of their range (around home, of references): drawn anew
-    every ``hold`` steps or, with ``explore: excitation``, sums of sines up to ``band`` [Hz]. The tool stays in ``box`` meanwhile,
+    every ``hold`` steps or, with ``band``, sums of sines up to that [Hz]. The tool stays in ``box`` meanwhile,
     by the robot's own physics whatever is learnt. Then ``trials`` episodes of the scenario are planned with the learned model and
     ``risk``. Where there is physics beneath, it plans alone until something was learnt, and random commands may be left out. A
     trial's return is the sum over its steps of ``best`` less what the task's terms cost [1/s].
@@ -53,7 +53,6 @@ class LearnSpec(Spec):
     loop: Literal["once", "aggregate", "online"]
     trials: Count = 10
     random: Annotated[int, Field(ge=0, strict=True)] = 200
-    explore: Literal["random", "excitation"] = "random"
     hold: Count = 1
     band: Positive | None = None
     share: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -72,12 +71,8 @@ class LearnSpec(Spec):
             raise ValueError(f"at: is of loop aggregate, found loop {self.loop}")
         if self.at is not None and any(later <= earlier for earlier, later in zip(self.at, self.at[1:])):
             raise ValueError(f"at: expected increasing numbers of steps, found {list(self.at)}")
-        if (self.band is not None) != (self.explore == "excitation"):
-            raise ValueError(
-                f"band: {'is of' if self.band else 'missing; is needed by'} explore excitation, found explore {self.explore}"
-            )
-        if self.explore == "excitation" and "hold" in self.model_fields_set:
-            raise ValueError("hold: is of explore random, found explore excitation")
+        if self.band is not None and "hold" in self.model_fields_set:
+            raise ValueError("hold: is of uniform commands, found band, too, which is of sums of sines")
         if self.box is not None and not self.random:
             raise ValueError("box: is for random steps, found random 0; planned trials are kept by the task's terms")
         return self
